@@ -1,0 +1,621 @@
+"""The gate: measurements that compare themselves with baselines, and the verdicts that come of it.
+
+``trained.runtime <= baseline.runtime`` compares samples, not two numbers. It returns a
+:class:`~sparkgauge.records.Verdict`, which is true only where the session's policy lets the test pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol, cast
+
+from sparkgauge import stats
+from sparkgauge.errors import ConfigurationError, NotMeasuredError
+from sparkgauge.records import Baseline, RunRecord, Status, Verdict
+from sparkgauge.stats import Better, Interval, Scale
+from sparkgauge.store import DEFAULT_LABEL, run_samples, sample_key
+
+METRICS: dict[str, tuple[str, Better]] = {
+    "runtime_seconds": ("s", "lower"),
+    "accuracy_fraction": ("fraction", "higher"),
+    "speedup_ratio": ("x", "higher"),
+    "images_per_second": ("images/s", "higher"),
+}
+"""Unit and good direction of the metrics the suite gates; a user's metric brings its own."""
+
+UNIT_SUFFIXES = {"_seconds": "s", "_fraction": "fraction", "_ratio": "x", "_bytes": "bytes"}
+"""Unit as printed by the end of a metric's name."""
+
+SHORT_NAMES = {"runtime_seconds": "runtime", "accuracy_fraction": "accuracy", "speedup_ratio": "speedup"}
+"""The attribute under which a run and a baseline offer a metric, where it is not the metric's name."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How strictly a session gates; ConfigurationError for values that make no sense."""
+
+    runtime_margin_fraction: float = 0.10
+    """How much slower still passes. Also the margin of images/s and of metrics that have none of their own."""
+    accuracy_margin_fraction: float = 0.01
+    """How much accuracy may be lost: 0.01 is one percentage point."""
+    speedup_margin_fraction: float = 0.10
+    confidence: float = 0.95
+    """Nominal coverage of the two-sided interval of the change."""
+    require_baseline: bool = True
+    """Whether a test without a stored baseline fails."""
+    update: Literal["new", "all"] | None = None
+    """Which baselines this session writes: missing ones, all, or none."""
+    inconclusive: Literal["fail", "skip"] = "fail"
+    """What becomes of a test that more rounds would be needed for. It never passes."""
+
+    def __post_init__(self) -> None:
+        for name in ("runtime_margin_fraction", "accuracy_margin_fraction", "speedup_margin_fraction"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ConfigurationError(f"Bad {name}", expected="a finite number of at least 0", actual=str(value))
+        if not 0.0 < self.confidence < 1.0:
+            raise ConfigurationError("Bad confidence", expected="between 0 and 1", actual=str(self.confidence))
+        if self.update not in (None, "new", "all"):
+            raise ConfigurationError("Bad update", expected="new, all or None", actual=repr(self.update))
+        if self.inconclusive not in ("fail", "skip"):
+            raise ConfigurationError("Bad inconclusive", expected="fail or skip", actual=repr(self.inconclusive))
+
+    def margin_for(self, metric: str) -> float:
+        """Return a metric's margin: a share of the ratio, or for fractions the difference itself."""
+        if unit_of(metric) == "fraction":
+            return self.accuracy_margin_fraction
+        return self.speedup_margin_fraction if metric == "speedup_ratio" else self.runtime_margin_fraction
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The raw samples of one metric, one per round."""
+
+    values: tuple[float, ...]
+    metric: str
+    """Name with its unit, e.g. ``runtime_seconds``."""
+    unit: str
+    """As printed: ``s``, ``images/s``, ``x``; ``fraction`` is compared as a difference, others as a ratio. The name
+    says so too: metrics end in ``_fraction`` exactly when they are one."""
+    better: Better
+    seeds: tuple[int, ...] = ()
+    """Seed of each round, in the order of the values; empty when unknown."""
+    test_count: int | None = None
+    """Images behind each accuracy, whose binomial noise is the least noise assumed."""
+
+    def __post_init__(self) -> None:
+        if (self.unit == "fraction") != (unit_of(self.metric) == "fraction"):
+            raise ConfigurationError(
+                f"The metric {self.metric} has the unit {self.unit!r}",
+                expected="names that end in _fraction for fractions, and only for them",
+            )
+
+    @property
+    def scale(self) -> Scale:
+        """Return how changes of this metric are measured."""
+        return "difference" if self.unit == "fraction" else "ratio"
+
+
+Observer = Callable[[Verdict, Samples], None]
+"""What is told of a verdict, and of the run's samples that it rests on."""
+
+
+class Measurement:
+    """One measured quantity of the run under test, which compares itself with a baseline or with a plain number.
+
+    ``<=`` and ``<`` mean "not worse than" for metrics of which less is better, ``>=`` and ``>`` for the others; the
+    wrong direction raises ConfigurationError. A comparison returns a Verdict and keeps it in :attr:`verdict`.
+
+    Against a plain number the limit is that number and the whole one-sample interval must be on its good side;
+    ``float(measurement)`` is the mean, for a comparison without statistics.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        more: Callable[[], Samples | None] | None = None,
+        policy: Policy | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.samples = samples
+        """Grows when ``more`` is asked for rounds."""
+        self.more = more
+        """Takes one more round and returns *all* samples so far; None once no more can be taken."""
+        self.policy = policy or Policy()
+        """Used against plain numbers; a baseline brings its own."""
+        self.observer = observer
+        """Told of verdicts against plain numbers, with the samples behind them; a baseline brings its own."""
+        self.verdict: Verdict | None = None
+        """The last comparison's verdict."""
+
+    @property
+    def metric(self) -> str:
+        """Return the metric's name with its unit."""
+        return self.samples.metric
+
+    @property
+    def unit(self) -> str:
+        """Return the unit as printed."""
+        return self.samples.unit
+
+    @property
+    def better(self) -> Better:
+        """Return which direction is good."""
+        return self.samples.better
+
+    @property
+    def interval(self) -> Interval:
+        """Return the mean and its interval at the policy's confidence; NotMeasuredError without usable samples."""
+        return _own_interval(_measured(self.samples), self.policy.confidence)
+
+    @property
+    def mean(self) -> float:
+        """Return the mean of the samples: arithmetic for fractions, geometric for the rest."""
+        return stats.mean(_measured(self.samples).values, scale=self.samples.scale)
+
+    def __float__(self) -> float:
+        return self.mean
+
+    def __repr__(self) -> str:
+        name, count = SHORT_NAMES.get(self.metric, self.metric), len(self.samples.values)
+        try:
+            interval = self.interval
+        except NotMeasuredError:
+            return f"<{name} not measured>"
+        return f"<{name} {format_interval(interval, self.unit)} at {interval.confidence:g}, n = {count}>"
+
+    def __le__(self, other: BaselineQuantity | float) -> Verdict:
+        return self._compare(other, "lower", "<=")
+
+    def __lt__(self, other: BaselineQuantity | float) -> Verdict:
+        return self._compare(other, "lower", "<")
+
+    def __ge__(self, other: BaselineQuantity | float) -> Verdict:
+        return self._compare(other, "higher", ">=")
+
+    def __gt__(self, other: BaselineQuantity | float) -> Verdict:
+        return self._compare(other, "higher", ">")
+
+    def _compare(self, other: object, better: Better, sign: str) -> Verdict:
+        if isinstance(other, bool) or not isinstance(other, (BaselineQuantity, int, float)):
+            return cast(Verdict, NotImplemented)
+        if better != self.better:
+            raise ConfigurationError(
+                f"`{self.metric} {sign} ...` asks for the worse side to pass: {self.better} is better here",
+                expected=f"`measured {'<=' if self.better == 'lower' else '>='} limit`",
+                actual=f"`measured {sign} limit`",
+            )
+        if isinstance(other, BaselineQuantity):
+            return judge(self, other)
+        return judge_number(self, float(other))
+
+
+@dataclass(frozen=True)
+class BaselineQuantity:
+    """One quantity's stored side: the samples, or the reason why there are none."""
+
+    metric: str
+    samples: Samples | None
+    status: Literal["missing", "not_comparable"] | None = None
+    """Why there are no samples; None with samples."""
+    reason: str = ""
+    """One sentence on the status."""
+    hint: str = ""
+    """The next command; a default one when empty."""
+    margin: float | None = None
+    """In the unit of :meth:`Policy.margin_for`, which holds when None."""
+    policy: Policy = Policy()
+    file: str = ""
+    """The baseline's path, as shown."""
+    observer: Observer | None = None
+    """Told of every verdict, with the run's samples behind it."""
+
+    def __post_init__(self) -> None:
+        if (self.samples is None) == (self.status is None):
+            raise ConfigurationError("A baseline has either samples or a status", where=self.file or self.metric)
+
+    def __repr__(self) -> str:
+        name = SHORT_NAMES.get(self.metric, self.metric)
+        if self.samples is None:
+            return f"<baseline {name} {self.status}>"
+        interval = _own_interval(self.samples, self.policy.confidence)
+        return f"<baseline {name} {format_interval(interval, self.samples.unit)}, n = {len(self.samples.values)}>"
+
+
+class HasRuntime(Protocol):
+    """What :func:`speedup` asks of a run."""
+
+    @property
+    def runtime(self) -> Measurement:
+        """Return the run's training + test time."""
+
+
+def samples_of(run: RunRecord, metric: str, *, unit: str | None = None, better: Better | None = None) -> Samples:
+    """Return a run's samples of ``metric``; ``better`` is needed for metrics of a user's own that are no seconds.
+
+    NotMeasuredError where the run has no such metric.
+    """
+    available = run_samples(run)
+    if metric not in available:
+        raise NotMeasuredError(f"The run measured no {metric}", expected=f"one of {', '.join(sorted(available))}")
+    return _samples(
+        metric, available[metric], tuple(one.seed for one in run.rounds), run.data.test_count, unit=unit, better=better
+    )
+
+
+def baseline_quantity(
+    baseline: Baseline | None,
+    metric: str,
+    *,
+    label: str = DEFAULT_LABEL,
+    file: str,
+    policy: Policy,
+    margin: float | None = None,
+    why_not: str | None = None,
+    observer: Observer | None = None,
+    unit: str | None = None,
+    better: Better | None = None,
+) -> BaselineQuantity:
+    """Return the stored side of ``metric``; ``why_not`` is the answer of :func:`sparkgauge.store.comparable`."""
+    key = sample_key(label, metric)
+    if baseline is not None and why_not is None and key in baseline.samples:
+        values = baseline.samples[key]
+        seeds = baseline.seeds if len(baseline.seeds) == len(values) else ()
+        samples = _samples(metric, values, seeds, baseline.data.test_count, unit=unit, better=better)
+        return BaselineQuantity(metric, samples, margin=margin, policy=policy, file=file, observer=observer)
+    status: Literal["missing", "not_comparable"] = "missing"
+    reason = "there is no baseline file" if baseline is None else f"the baseline file has no {key}"
+    if baseline is not None and why_not is not None:
+        status, reason = "not_comparable", why_not
+    return BaselineQuantity(metric, None, status, reason, margin=margin, policy=policy, file=file, observer=observer)
+
+
+def speedup(fast: HasRuntime, *, over: HasRuntime) -> Measurement:
+    """Return how many times faster ``fast`` is than ``over``, as a measurement of ``speedup_ratio``.
+
+    Round i of one is divided by round i of the other. For interleaved rounds that removes what both shared; for rounds
+    taken one run after the other any pairing is as valid as another, at the price of a slightly wider interval. Rounds
+    beyond the shorter run's are left out.
+    """
+    quick, slow = fast.runtime, over.runtime
+
+    def more() -> Samples | None:
+        if quick.more is None or slow.more is None:
+            return None
+        grown = [(side, _grown(side)) for side in (slow, quick)]
+        return None if any(samples is None for _, samples in grown) else _ratios(quick, slow)
+
+    can_grow = quick.more is not None and slow.more is not None
+    return Measurement(
+        _ratios(quick, slow), more=more if can_grow else None, policy=quick.policy, observer=quick.observer
+    )
+
+
+def judge(measurement: Measurement, quantity: BaselineQuantity) -> Verdict:
+    """Return the verdict on ``measurement`` against a baseline, and tell the baseline's observer.
+
+    While it is inconclusive and the measurement can take more rounds, more are taken; the error probability is split
+    over these looks. Raises NotMeasuredError without usable samples and ConfigurationError for different metrics.
+    """
+    candidate = _measured(measurement.samples)
+    if candidate.metric != quantity.metric:
+        expected, actual = quantity.metric, candidate.metric
+        raise ConfigurationError("Different metrics cannot be compared", expected=expected, actual=actual)
+    if quantity.samples is None or quantity.policy.update == "all":
+        verdict = _without_comparison(candidate, quantity)
+    else:
+        verdict = _settle(measurement, quantity.policy, partial(_against_baseline, measurement, quantity))
+    return _announce(measurement, verdict, quantity.observer)
+
+
+def judge_number(measurement: Measurement, number: float) -> Verdict:
+    """Return the verdict on ``measurement`` against a fixed number, and tell the measurement's observer.
+
+    There is no margin: ``match`` when the whole interval of the mean is at the number or on its good side,
+    ``regressed`` when it is on the other side, otherwise ``inconclusive``.
+    """
+    _measured(measurement.samples)
+    if not math.isfinite(number):
+        raise ConfigurationError("A limit must be finite", actual=str(number), where=measurement.metric)
+    verdict = _settle(measurement, measurement.policy, partial(_against_number, measurement, number))
+    return _announce(measurement, verdict, measurement.observer)
+
+
+def explain(verdict: Verdict) -> list[str]:
+    """Return the lines shown under a failing assert; the first alone says what happened."""
+    unit = unit_of(verdict.metric)
+    lines = [summary(verdict)]
+    if verdict.expected is not None:
+        lines.append(f"expected: {format_value(verdict.expected, unit)}{_mean_of(verdict.baseline_count)}")
+    lines.append(f"actual:   {format_value(verdict.actual, unit)}{_mean_of(verdict.candidate_count)}")
+    if verdict.change is not None and verdict.limit is not None:
+        sense = "at most" if verdict.better == "lower" else "at least"
+        lines.append(f"{_change_name(verdict) + ':':9} {_change_text(verdict)} at confidence {verdict.confidence:.4g}")
+        lines.append(f"limit:    {sense} {_format_change(verdict, verdict.limit)}")
+    if verdict.baseline_file:
+        lines.append(f"baseline: {verdict.baseline_file}")
+    lines.append(f"reason:   {verdict.reason}")
+    return [*lines, f"next:     {verdict.hint}"] if verdict.hint else lines
+
+
+def explain_comparison(left: object, right: object) -> list[str] | None:
+    """Return :func:`explain` for the operands of a failed assert; None when neither is a compared measurement."""
+    for side in (left, right):
+        if isinstance(side, Measurement) and side.verdict is not None:
+            return explain(side.verdict)
+    return None
+
+
+def summary(verdict: Verdict) -> str:
+    """Return one line with status, both sides, the change with its interval and the limit."""
+    unit, name = unit_of(verdict.metric), SHORT_NAMES.get(verdict.metric, verdict.metric)
+    head = f"{verdict.status}: {name} {format_value(verdict.actual, unit)}"
+    if verdict.expected is None or verdict.change is None or verdict.limit is None:
+        return f"{head}, {verdict.reason}"
+    if not verdict.baseline_count:
+        return f"{head} {_bounds_text(verdict)}, limit {format_value(verdict.limit, unit)}"
+    change = f"{_change_name(verdict)} {_change_text(verdict)}, limit {_format_change(verdict, verdict.limit)}"
+    counts = f"n = {verdict.candidate_count} against {verdict.baseline_count}"
+    return f"{head} against {format_value(verdict.expected, unit)}, {change} ({counts})"
+
+
+def unit_of(metric: str) -> str:
+    """Return the unit that a metric's name ends in, as printed; empty for a name without one."""
+    if metric in METRICS:
+        return METRICS[metric][0]
+    return next((unit for suffix, unit in UNIT_SUFFIXES.items() if metric.endswith(suffix)), "")
+
+
+def format_value(value: float, unit: str) -> str:
+    """Return a value as people read it: ``12.34 s``, ``75.3 %``, ``2.31x``, ``3,900 images/s``."""
+    if unit == "fraction":
+        return f"{value * 100:.2f} %"
+    if unit == "x":
+        return f"{value:.3g}x"
+    number = f"{value:,.0f}" if 999.95 <= abs(value) < 1e9 else f"{value:#.4g}"
+    return f"{number} {unit}".strip()
+
+
+def format_interval(interval: Interval, unit: str) -> str:
+    """Return ``mean [low, high]``, or the mean alone where the samples give no bounds."""
+    if not interval.is_bounded or (unit != "fraction" and interval.low <= 0.0):
+        return format_value(interval.estimate, unit)
+    low, high = format_value(interval.low, unit), format_value(interval.high, unit)
+    return f"{format_value(interval.estimate, unit)} [{low}, {high}]"
+
+
+def _settle(measurement: Measurement, policy: Policy, look: Callable[[float], Verdict]) -> Verdict:
+    """Return the verdict, taking more rounds while it is open. A sequential test can replace this one function."""
+    looks = 1
+    verdict = look(stats.confidence_at_look(policy.confidence, looks) if measurement.more else policy.confidence)
+    while verdict.status == "inconclusive" and _grown(measurement) is not None:
+        looks += 1
+        verdict = look(stats.confidence_at_look(policy.confidence, looks))
+    if verdict.status == "inconclusive" and policy.inconclusive == "skip":
+        # the assert holds so that the test's other asserts are reached; the plugin then reports the test as skipped
+        return dataclasses.replace(verdict, passed=True)
+    return verdict
+
+
+def _grown(measurement: Measurement) -> Samples | None:
+    """Return all samples after one more round, which the measurement keeps; None when no more can be taken."""
+    samples = measurement.more() if measurement.more is not None else None
+    if samples is None:
+        return None
+    before = len(measurement.samples.values)
+    if len(samples.values) <= before:
+        actual = f"{len(samples.values)} samples after {before}"
+        raise ConfigurationError("One more round must return all samples", expected="a longer list", actual=actual)
+    measurement.samples = _measured(samples)
+    return samples
+
+
+def _against_baseline(measurement: Measurement, quantity: BaselineQuantity, confidence: float) -> Verdict:
+    candidate, stored, policy = measurement.samples, quantity.samples, quantity.policy
+    assert stored is not None
+    margin = policy.margin_for(candidate.metric) if quantity.margin is None else quantity.margin
+    limit = stats.margin_limit(margin, better=candidate.better, scale=candidate.scale)
+    change = _change(stored, candidate, confidence)
+    no_change = 1.0 if candidate.scale == "ratio" else 0.0
+    status = stats.decide(change, limit=limit, better=candidate.better, no_change=no_change)
+    verdict = _verdict(candidate, status, change, limit, expected=stats.mean(stored.values, scale=stored.scale))
+    reason, hint = _reason(status, len(stored.values), len(candidate.values)), _HINTS[status]
+    return dataclasses.replace(
+        verdict, baseline_count=len(stored.values), baseline_file=quantity.file, reason=reason, hint=hint
+    )
+
+
+def _against_number(measurement: Measurement, number: float, confidence: float) -> Verdict:
+    samples = measurement.samples
+    interval = _own_interval(samples, confidence)
+    status = stats.decide(interval, limit=number, better=samples.better, no_change=number)
+    verdict = _verdict(samples, "match" if status == "improved" else status, interval, number, expected=number)
+    reason = {
+        "regressed": "the whole interval of the mean is on the bad side of the limit",
+        "inconclusive": "the interval of the mean contains the limit",
+    }.get(verdict.status, "the whole interval of the mean is on the good side of the limit")
+    if len(samples.values) < stats.FEWEST_SAMPLES:
+        reason = "one round has no interval"
+    return dataclasses.replace(verdict, reason=reason, hint=_HINTS["inconclusive"] if status == "inconclusive" else "")
+
+
+def _change(stored: Samples, candidate: Samples, confidence: float) -> Interval:
+    if candidate.scale == "ratio":
+        return stats.ratio_interval(stored.values, candidate.values, confidence=confidence)
+    before, after, paired = _by_seed(stored, candidate)
+    floor_sd = _floor_sd(stored, candidate)
+    return stats.difference_interval(before, after, confidence=confidence, floor_sd=floor_sd, paired=paired)
+
+
+def _by_seed(stored: Samples, candidate: Samples) -> tuple[Sequence[float], Sequence[float], bool]:
+    """Return both sides' values as pairs of equal seeds; unpaired where one side's seeds are not among the other's.
+
+    A side that took more rounds than the other is compared on the seeds that both have: a pair shares the order of
+    the images and the initial weights, which is most of what makes accuracies differ.
+    """
+    before, after = (dict(zip(side.seeds, side.values, strict=False)) for side in (stored, candidate))
+    common = sorted(before.keys() & after.keys())
+    whole = len(before) == len(stored.values) and len(after) == len(candidate.values)
+    if not whole or len(common) < max(stats.FEWEST_SAMPLES, min(len(before), len(after))):
+        return stored.values, candidate.values, False
+    return [before[seed] for seed in common], [after[seed] for seed in common], True
+
+
+def _floor_sd(*sides: Samples) -> float:
+    """Return the least noise of one accuracy: the binomial one of the smaller test set; 0 where it is unknown."""
+    counts = [side.test_count for side in sides if side.test_count]
+    values = [value for side in sides for value in side.values]
+    return stats.binomial_sd(math.fsum(values) / len(values), min(counts)) if counts else 0.0
+
+
+def _own_interval(samples: Samples, confidence: float) -> Interval:
+    floor_sd = _floor_sd(samples) if samples.scale == "difference" else 0.0
+    return stats.mean_interval(samples.values, confidence=confidence, scale=samples.scale, floor_sd=floor_sd)
+
+
+def _measured(samples: Samples) -> Samples:
+    """Return ``samples`` if a verdict may rest on them; NotMeasuredError otherwise: nothing measured is no pass."""
+    bad = next((value for value in samples.values if not math.isfinite(value)), None)
+    if not samples.values or bad is not None:
+        raise NotMeasuredError(
+            f"{samples.metric} was not measured",
+            expected="at least one finite sample",
+            actual="none" if bad is None else str(bad),
+            hint="Without a measurement a gated assert cannot pass: look at the test's output for what stopped it.",
+        )
+    return samples
+
+
+def _ratios(quick: Measurement, slow: Measurement) -> Samples:
+    slow_values, quick_values = _measured(slow.samples).values, _measured(quick.samples).values
+    if min(quick_values) <= 0.0 or min(slow_values) <= 0.0:
+        raise NotMeasuredError("A speed-up needs run times above 0", actual=f"{min(*quick_values, *slow_values):g} s")
+    ratios = tuple(a / b for a, b in zip(slow_values, quick_values, strict=False))
+    return _samples("speedup_ratio", ratios, quick.samples.seeds[: len(ratios)], None)
+
+
+def _samples(
+    metric: str,
+    values: tuple[float, ...],
+    seeds: tuple[int, ...],
+    test_count: int | None,
+    *,
+    unit: str | None = None,
+    better: Better | None = None,
+) -> Samples:
+    known = METRICS.get(metric, ("s", "lower") if metric.endswith("_seconds") else (unit_of(metric), None))
+    direction = better or known[1]
+    if direction is None:
+        raise ConfigurationError(f"Nobody said whether {metric} is better lower or higher", expected="better=")
+    # Only the accuracy is known to be a share of the test images; another fraction has no such floor.
+    return Samples(
+        values, metric, unit or known[0], direction, seeds, test_count if metric == "accuracy_fraction" else None
+    )
+
+
+def _without_comparison(candidate: Samples, quantity: BaselineQuantity) -> Verdict:
+    """Return the verdict where no baseline can be used, or where this session replaces it."""
+    policy, status = quantity.policy, quantity.status
+    verdict = _verdict(candidate, status or "generated", None, None, expected=None)
+    if policy.update == "all" or (policy.update == "new" and status == "missing"):
+        reason = "this run becomes the baseline (--gauge-update)"
+        verdict = dataclasses.replace(verdict, status="generated", passed=True, reason=reason)
+    else:
+        # Another machine or other data is never waved through; only a baseline that is not there yet can be.
+        passed = status == "missing" and not policy.require_baseline
+        hint = quantity.hint or _HINTS[verdict.status]
+        verdict = dataclasses.replace(verdict, passed=passed, reason=quantity.reason, hint=hint)
+    return dataclasses.replace(verdict, baseline_file=quantity.file, confidence=policy.confidence)
+
+
+def _verdict(
+    candidate: Samples, status: Status, change: Interval | None, limit: float | None, *, expected: float | None
+) -> Verdict:
+    return Verdict(
+        status=status,
+        metric=candidate.metric,
+        better=candidate.better,
+        actual=stats.mean(candidate.values, scale=candidate.scale),
+        expected=expected,
+        change=_finite_or_none(change.estimate) if change else None,
+        change_low=_finite_or_none(change.low) if change and change.is_bounded else None,
+        change_high=_finite_or_none(change.high) if change and change.is_bounded else None,
+        limit=limit,
+        confidence=change.confidence if change else 0.95,
+        candidate_count=len(candidate.values),
+        baseline_count=0,
+        baseline_file="",
+        reason="",
+        hint="",
+        passed=status in ("match", "improved"),
+    )
+
+
+def _announce(measurement: Measurement, verdict: Verdict, observer: Observer | None) -> Verdict:
+    measurement.verdict = verdict
+    if observer is not None:
+        observer(verdict, measurement.samples)
+    return verdict
+
+
+_HINTS: dict[str, str] = {
+    "match": "",
+    "improved": "--gauge-update all stores the improvement, so that losing it again is noticed",
+    "regressed": "--gauge-update all accepts the change, if it is intended; the phases below say where the time went",
+    "inconclusive": "take more rounds (--gauge-rounds, --gauge-max-rounds), use a quieter machine, or widen the margin",
+    "missing": "--gauge-update new stores this run as the baseline",
+    "not_comparable": "run with the baseline's data, profile and machine, or --gauge-update all replaces it",
+    "generated": "",
+}
+
+
+def _reason(status: str, baseline_count: int, candidate_count: int) -> str:
+    fewest = min(baseline_count, candidate_count)
+    if status == "inconclusive" and fewest < stats.FEWEST_SAMPLES:
+        side = "the baseline" if baseline_count < stats.FEWEST_SAMPLES else "this run"
+        return f"{side} has one round, which has no interval; {stats.FEWEST_SAMPLES} are the least, 5 are advised"
+    return {
+        "regressed": "the change is real (its interval excludes no change) and beyond the limit",
+        "match": "the whole interval of the change is within the limit",
+        "improved": "better by more than the margin, and the interval excludes no change",
+    }.get(status, "the interval of the change reaches beyond the limit, so neither side of it is shown")
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _is_difference(verdict: Verdict) -> bool:
+    return bool(verdict.baseline_count) and unit_of(verdict.metric) == "fraction"
+
+
+def _change_name(verdict: Verdict) -> str:
+    if not verdict.baseline_count:
+        return "mean"
+    return "change" if _is_difference(verdict) else "ratio"
+
+
+def _format_change(verdict: Verdict, value: float) -> str:
+    if not verdict.baseline_count:
+        return format_value(value, unit_of(verdict.metric))
+    return f"{value * 100:+.2f} points" if _is_difference(verdict) else f"{value:.3f}"
+
+
+def _change_text(verdict: Verdict) -> str:
+    assert verdict.change is not None
+    return f"{_format_change(verdict, verdict.change)} {_bounds_text(verdict)}"
+
+
+def _bounds_text(verdict: Verdict) -> str:
+    if verdict.change_low is None or verdict.change_high is None:
+        return "[no interval]"
+    return f"[{_format_change(verdict, verdict.change_low)}, {_format_change(verdict, verdict.change_high)}]"
+
+
+def _mean_of(count: int) -> str:
+    return f" (mean of {count} round{'s' if count > 1 else ''})" if count else ""

@@ -1,0 +1,63 @@
+"""The JSON file of ``--gauge-report``: every run with its raw rounds, and every verdict, for other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkgauge.records import RunRecord, Verdict
+from sparkgauge.store import write_json
+
+if TYPE_CHECKING:
+    from sparkgauge.session import GaugeSession
+
+REPORT_SCHEMA_VERSION = 1
+"""Version of this file's layout; readers should refuse a newer one."""
+
+
+def write_run_report(
+    path: Path, runs: Sequence[RunRecord], verdicts: Sequence[tuple[str, str, Verdict]], header: Mapping[str, Any]
+) -> None:
+    """Write ``runs``, ``verdicts`` (test id, label, verdict) and ``header`` to ``path``, or raise BaselineError.
+
+    The file is written whole or not at all. Numbers that are not finite become null, because JSON has none and a
+    report of a failed run must still be written.
+    """
+    write_json(path, report_of(runs, verdicts, header), what="run report")
+
+
+def write_session_report(path: Path, session: GaugeSession) -> None:
+    """Write everything that ``session`` measured to ``path``; BaselineError where it cannot be written."""
+    config = session.config
+    header = {
+        "profile": config.profile,
+        "master": config.master,
+        "executors": config.executors,
+        "commit": session.commit,
+        "environment": session.environment,
+        "injections": dict(config.injections),
+    }
+    write_run_report(path, session.runs, session.verdicts, header)
+
+
+def report_of(
+    runs: Sequence[RunRecord], verdicts: Sequence[tuple[str, str, Verdict]], header: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the report as JSON-ready data with the fields schema, header, runs and verdicts."""
+    flat = [{"test_id": test, "label": label, **_plain(verdict)} for test, label, verdict in verdicts]
+    return {"schema": REPORT_SCHEMA_VERSION, "header": _plain(header), "runs": _plain(runs), "verdicts": flat}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

@@ -1,0 +1,385 @@
+"""Baselines on disk: one JSON file per test and profile, in one folder per hardware class.
+
+A file is either read whole and valid or refused with a :class:`~sparkgauge.errors.BaselineError` that names the file
+and the field; it is written atomically, in a stable order, so that a diff shows what changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparkgauge.errors import BaselineError, ConfigurationError
+from sparkgauge.records import (
+    PHASES,
+    SCHEMA_VERSION,
+    Approval,
+    Baseline,
+    DataIdentity,
+    Environment,
+    Round,
+    RunRecord,
+    from_json,
+    to_json,
+)
+
+LARGEST_BYTES = 10_000_000
+"""A baseline holds tens of rounds, a few kB; something larger is not one, and is not parsed."""
+
+DEEPEST_NESTING = 32
+"""Levels of lists and objects; a baseline has four, its workload a few more."""
+
+LONGEST_SLUG = 100
+"""Characters of a test's name kept in its file name; file systems allow 255 bytes with everything added."""
+
+DEFAULT_LABEL = "trained"
+"""Label of the ``trained`` fixture, whose samples carry no prefix."""
+
+LABELS_FIELD = "labels"
+"""Field of a baseline's workload under which the workloads of other labels than ``trained`` are kept."""
+
+POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio")
+"""Metrics of which a sample at or below zero was never measured."""
+
+PLAIN_TEST = re.compile(r"([a-z0-9_]+(?:/[a-z0-9_]+)*)\.py::([a-z0-9_]+)(?:\[([a-z0-9_-]+)\])?")
+"""Test ids that turn into a file name reversibly; others get a digest in theirs."""
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class Measured(Protocol):
+    """What :func:`comparable` asks of a run; :class:`~sparkgauge.records.RunRecord` has it."""
+
+    @property
+    def workload(self) -> dict[str, Any]:
+        """Return what makes two runs the same work."""
+
+    @property
+    def profile(self) -> str:
+        """Return the session's profile."""
+
+    @property
+    def data(self) -> DataIdentity:
+        """Return which data it ran on."""
+
+    @property
+    def environment(self) -> Environment:
+        """Return what it ran on."""
+
+
+class BaselineStore:
+    """The baselines below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path_for(self, test_id: str, *, hardware_class: str, profile: str) -> Path:
+        """Return ``folder/<hardware class>/<test>.<profile>.json``; different tests get different files.
+
+        All quantities of a test live in its one file, those of several ``train()`` calls side by side: see
+        :func:`sample_key`. Profiles are apart because a smoke run is another workload than a full one.
+        """
+        for name, value in (("hardware class", hardware_class), ("profile", profile)):
+            if not SAFE_NAME.fullmatch(value):
+                raise ConfigurationError(
+                    f"Bad {name}", expected="letters, digits, '_', '.' and '-'", actual=repr(value)
+                )
+        return self.folder / hardware_class / f"{slug(test_id)}.{profile}.json"
+
+    def read(self, path: Path) -> Baseline | None:
+        """Return the baseline in ``path``, None where there is no file; BaselineError for anything else."""
+        content = _read_bytes(path)
+        return None if content is None else parse(content, where=str(path))
+
+    def write(self, path: Path, baseline: Baseline) -> None:
+        """Write ``baseline`` to ``path`` whole or not at all; BaselineError says why not."""
+        _check_samples(baseline, str(path))
+        write_json(path, to_json(dataclasses.replace(baseline, samples=dict(sorted(baseline.samples.items())))))
+
+
+def sample_key(label: str, metric: str) -> str:
+    """Return the key of a metric's samples: ``runtime_seconds``, or ``cpu.runtime_seconds`` for the label ``cpu``."""
+    return metric if label == DEFAULT_LABEL else f"{label}.{metric}"
+
+
+def run_samples(run: RunRecord) -> dict[str, tuple[float, ...]]:
+    """Return a run's raw samples by metric, one a round: the gated metrics, what explains them, the user's own.
+
+    Phases are means over the executors; CPU seconds are sums over them. A user's metric counts when every round has it.
+    """
+    own = set.intersection(*(set(one.metrics) for one in run.rounds)) if run.rounds else set()
+    samples = {name: tuple(one.metrics[name] for one in run.rounds) for name in sorted(own)}
+    for phase in PHASES if all(one.executors for one in run.rounds) else ():
+        samples[f"{phase}_seconds"] = tuple(_phase_mean(one, phase) for one in run.rounds)
+    samples["cpu_seconds"] = tuple(math.fsum(e.cpu_seconds for e in one.executors) for one in run.rounds)
+    for name in ("runtime_seconds", "accuracy_fraction", "images_per_second"):
+        samples[name] = tuple(getattr(one, name) for one in run.rounds)
+    return samples
+
+
+def baseline_of(
+    runs: Sequence[RunRecord], approved: Approval, *, more_samples: Mapping[str, tuple[float, ...]] | None = None
+) -> Baseline:
+    """Return one test's runs as the baseline of later ones; ``more_samples`` holds speed-ups, by sample key.
+
+    The seeds are kept only where all runs share them: accuracies are paired by seed, and a wrong seed would pair wrong.
+    """
+    first = runs[0]
+    own = next((run.workload for run in runs if run.label == DEFAULT_LABEL), {})
+    labels = {run.label: run.workload for run in runs if run.label != DEFAULT_LABEL}
+    seeds = {tuple(one.seed for one in run.rounds) for run in runs}
+    samples = {sample_key(run.label, name): values for run in runs for name, values in run_samples(run).items()}
+    return Baseline(
+        test_id=first.test_id,
+        workload={**own, LABELS_FIELD: labels} if labels else dict(own),
+        profile=first.profile,
+        data=first.data,
+        environment=first.environment,
+        commit=first.commit,
+        approved=approved,
+        seeds=seeds.pop() if len(seeds) == 1 else (),
+        samples={**samples, **(more_samples or {})},
+    )
+
+
+def with_missing(stored: Baseline, fresh: Baseline) -> Baseline:
+    """Return ``stored`` with those samples and labels of ``fresh`` that it lacks: what ``--gauge-update new`` writes.
+
+    Samples that are there were approved and stay. Seeds stay where both share them: they belong to all samples.
+    """
+    labels = {**_labels_of(fresh), **_labels_of(stored)}
+    return dataclasses.replace(
+        stored,
+        workload={**stored.workload, LABELS_FIELD: labels} if labels else stored.workload,
+        samples={**fresh.samples, **stored.samples},
+        seeds=stored.seeds if stored.seeds == fresh.seeds else (),
+    )
+
+
+def slug(test_id: str) -> str:
+    """Return a file name's stem for a test: readable, safe on every file system, different for different tests.
+
+    ``perf/test_tf.py::test_quick[a-b]`` gives ``perf-test_tf__test_quick__a-b``. Where that could collide (classes,
+    capitals, double underscores, characters that are not safe) ten digits of the id's SHA-256 follow a dot.
+    """
+    plain = PLAIN_TEST.fullmatch(test_id)
+    if plain and len(test_id) <= LONGEST_SLUG:
+        parts = [part for part in plain.groups() if part is not None]
+        if not any("__" in part or part.startswith("_") or part.endswith("_") for part in parts):
+            return "__".join([parts[0].replace("/", "-"), *parts[1:]])
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", test_id.replace(".py::", "__").replace("::", "__")).strip("_-")
+    digest = hashlib.sha256(test_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{readable[:LONGEST_SLUG] or 'test'}.{digest[:10]}"
+
+
+def parse(content: bytes, *, where: str) -> Baseline:
+    """Return the baseline in ``content``; BaselineError names ``where`` and the field for any bytes that are none."""
+    value = _parse_json(content, where)
+    _check_schema(value, where)
+    try:
+        baseline = from_json(Baseline, value, "baseline")
+    except BaselineError as error:
+        raise _unreadable(where, expected=error.expected, actual=error.actual, field=error.where) from error
+    except OverflowError as error:  # An integer too large for a field of floats.
+        raise _unreadable(where, expected="finite numbers", actual=str(error)) from error
+    _check_samples(baseline, where)
+    return baseline
+
+
+def comparable(baseline: Baseline, run: Measured, *, label: str = DEFAULT_LABEL) -> str | None:
+    """Return why ``run`` must not be compared with ``baseline``, with both values; None when it may be.
+
+    Versions of software are left out on purpose: whether an upgrade made training slower is what is asked.
+    """
+    for name, expected, actual in _must_match(baseline, run, label):
+        if expected != actual:
+            return f"other {name}: the baseline has {expected}, this run {actual}"
+    return None
+
+
+def write_json(path: Path, value: Any, *, what: str = "baseline") -> None:
+    """Write ``value`` as indented JSON to ``path``: whole or not at all, the old file intact until then.
+
+    Raises BaselineError where the folder or the disk does not take it.
+    """
+    try:
+        content = (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("ascii")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        hint = "Free space or choose a folder that can be written; the old file, if any, is unchanged."
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BaselineError(f"Cannot write the {what}", actual=reason, where=str(path), hint=hint) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside ``path``, force it to the disk, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise _unreadable(str(path), expected="a regular file", actual="something else")
+        if status.st_size > LARGEST_BYTES:
+            raise _unreadable(str(path), expected=f"at most {LARGEST_BYTES} bytes", actual=f"{status.st_size} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(str(path), actual=getattr(error, "strerror", None) or str(error)) from error
+
+
+def _parse_json(content: bytes, where: str) -> Any:
+    if len(content) > LARGEST_BYTES:
+        raise _unreadable(where, expected=f"at most {LARGEST_BYTES} bytes", actual=f"{len(content)} bytes")
+    try:
+        value = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_object_of_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+    except RecursionError as error:
+        raise _unreadable(where, expected="a baseline", actual="JSON nested too deeply") from error
+    except ValueError as error:
+        raise _unreadable(where, expected="JSON in UTF-8", actual=str(error)[:120]) from error
+    if not _nested_at_most(value, DEEPEST_NESTING):
+        raise _unreadable(where, expected="a baseline", actual="JSON nested too deeply")
+    return value
+
+
+def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key[:40]!r} twice in one object")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name}, which is no finite number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]}, which is too large a number")
+    return value
+
+
+def _nested_at_most(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_nested_at_most(item, levels - 1) for item in items)
+
+
+def _check_schema(value: Any, where: str) -> None:
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        actual = f"schema {schema!r}"[:80] if isinstance(value, dict) else type(value).__name__
+        raise _unreadable(where, expected="an object with its schema version", actual=actual, field="baseline.schema")
+    if schema > SCHEMA_VERSION:
+        raise BaselineError(
+            "The baseline was written by a newer sparkgauge",
+            expected=f"schema {SCHEMA_VERSION} or older",
+            actual=f"schema {str(schema)[:20]}" if schema < 10**20 else "a huge schema number",
+            where=where,
+            hint="Upgrade: pip install --upgrade pytest-sparkgauge.",
+        )
+
+
+def _check_samples(baseline: Baseline, where: str) -> None:
+    """Refuse samples that no verdict may rest on; field types were checked by ``from_json``."""
+    if not baseline.samples:
+        raise _unreadable(where, expected="samples", actual="none", field="baseline.samples")
+    for key, values in baseline.samples.items():
+        field = f"baseline.samples.{key}"
+        if not values:
+            raise _unreadable(where, expected="samples", actual="an empty list", field=field)
+        low, high, expected = _allowed(key.rpartition(".")[2])
+        bad = next((value for value in values if not (math.isfinite(value) and low <= value <= high)), None)
+        if bad is not None:
+            raise _unreadable(where, expected=expected, actual=str(bad), field=field)
+
+
+def _allowed(metric: str) -> tuple[float, float, str]:
+    """Return the least and the largest value of a metric's samples, and both in words."""
+    if metric == "accuracy_fraction":
+        return 0.0, 1.0, "fractions from 0 to 1"
+    if metric in POSITIVE_METRICS:
+        return math.ulp(0.0), math.inf, "finite numbers above 0"
+    return -math.inf, math.inf, "finite numbers"
+
+
+def _unreadable(
+    path: str, *, expected: str | None = None, actual: str | None, field: str | None = None
+) -> BaselineError:
+    return BaselineError(
+        "Unreadable baseline",
+        expected=expected,
+        actual=actual,
+        where=f"{path}, field {field}" if field else path,
+        hint="Restore the file from version control, or measure it again with --gauge-update all.",
+    )
+
+
+def _must_match(baseline: Baseline, run: Measured, label: str) -> list[tuple[str, str, str]]:
+    """Return name, expected and actual of everything that makes two runs comparable."""
+    pairs = [
+        ("data", _data_text(baseline.data), _data_text(run.data)),
+        ("hardware class", baseline.environment.hardware_class, run.environment.hardware_class),
+        ("profile", baseline.profile, run.profile),
+    ]
+    if label != DEFAULT_LABEL and not isinstance(_labels_of(baseline).get(label), dict):
+        return pairs  # The baseline holds no samples of this label either: that is "missing", not another workload.
+    expected, actual = _workload_of(baseline, label), to_json(run.workload)
+    for name in sorted({*expected, *actual}):
+        pairs.append((f"workload ({name})", _workload_text(expected, name), _workload_text(actual, name)))
+    return pairs
+
+
+def _workload_of(baseline: Baseline, label: str) -> dict[str, Any]:
+    if label == DEFAULT_LABEL:
+        return {name: value for name, value in baseline.workload.items() if name != LABELS_FIELD}
+    return dict(_labels_of(baseline)[label])
+
+
+def _labels_of(baseline: Baseline) -> dict[str, Any]:
+    labels = baseline.workload.get(LABELS_FIELD)
+    return labels if isinstance(labels, dict) else {}
+
+
+def _phase_mean(one: Round, phase: str) -> float:
+    return math.fsum(getattr(executor.phases, phase) for executor in one.executors) / len(one.executors)
+
+
+def _data_text(data: DataIdentity) -> str:
+    return f"{data.kind} {data.name} of {data.train_count} + {data.test_count} images, digest {data.digest[:12]}"
+
+
+def _workload_text(workload: dict[str, Any], name: str) -> str:
+    return json.dumps(workload[name], sort_keys=True) if name in workload else "nothing"
