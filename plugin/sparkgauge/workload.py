@@ -1,0 +1,342 @@
+"""What to train: a marker's or a call's keywords, checked and completed into one frozen workload."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from sparkgauge import config as values
+from sparkgauge.config import GaugeConfig
+from sparkgauge.errors import ConfigurationError
+from sparkgauge.models.cifar10 import RECIPES
+
+ENTRY_POINT_GROUP = "sparkgauge.models"
+"""Users register their own ``fit(context, shard)`` under a name here."""
+CUSTOM_MODEL = "custom"
+"""Model name of a function passed as ``fn=``."""
+DEFAULT_FRAMEWORK = "tensorflow"
+DEFAULT_CUSTOM_BATCH = 100
+DEVICES = ("cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class FrameworkSpec:
+    """A framework this package knows by name."""
+
+    models: tuple[str, ...]
+    module: str | None
+    """Its adapter; None for a name that is reserved for a later version."""
+
+
+FRAMEWORKS: dict[str, FrameworkSpec] = {
+    "tensorflow": FrameworkSpec(models=("cifar10_quick", "cifar10_tutorial"), module="sparkgauge.adapters.tensorflow"),
+    "caffe": FrameworkSpec(models=("cifar10_quick",), module=None),
+    "torch": FrameworkSpec(models=("cifar10_quick", "cifar10_tutorial"), module=None),
+}
+
+
+@dataclass(frozen=True)
+class ProfileSpec:
+    """How long a profile trains and how often, where marker and options say nothing."""
+
+    iterations: int | None
+    """None for the model's own length."""
+    rounds: int
+    warmup_rounds: int = 0
+    """None by default: cluster, data, Python daemons and frameworks are warmed before the first round is timed."""
+
+
+PROFILE_SPECS: dict[str, ProfileSpec] = {
+    "smoke": ProfileSpec(iterations=30, rounds=2),
+    "ci": ProfileSpec(iterations=300, rounds=5),
+    "full": ProfileSpec(iterations=None, rounds=2),
+}
+
+CI_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 150}
+"""Length in profile ci where it is not the profile's: a tutorial step takes twice as long as a quick one."""
+
+FULL_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 10_000}
+"""Full length where it is not the recipe's: 100,000 steps of the tutorial take most of a day on two cores."""
+
+Fit = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training + test to measure; everything a round needs to know, and what the gate allows."""
+
+    framework: str
+    model: str
+    """A built-in name, a name registered under ``sparkgauge.models``, or ``custom``."""
+    device: str
+    executors: int
+    cores_per_executor: int
+    epochs: float | None
+    iterations: int | None
+    """Training steps; None together with ``epochs`` None leaves the length to the user's function."""
+    batch_size: int
+    """Images per step over all executors."""
+    test_every: int | None
+    """Steps between tests on the whole test set; None tests once, at the end."""
+    rounds: int
+    warmup_rounds: int
+    seed: int
+    runtime_margin_fraction: float
+    speedup_margin_fraction: float
+    accuracy_margin_fraction: float
+    timeout_seconds: float
+    data: str | None = None
+    """Overrides the session's data (same values as ``--gauge-data``)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to the user's function as ``context.options``."""
+    fn: Fit | None = None
+    """The user's ``fit(context, shard)``; None trains a built-in model."""
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any], config: GaugeConfig, *, where: str = "gauge(...)") -> Workload:
+        """Return the workload of ``keywords``, completed from ``config`` and its profile.
+
+        A keyword wins over ini file and profile, an option on the command line over the keyword. ConfigurationError
+        names an unknown keyword or a bad value, what is allowed, and ``where`` it stands.
+        """
+        reader = _Reader(keywords, config, where)
+        profile = PROFILE_SPECS[config.profile]
+        framework, model, fn = reader.training()
+        executors = reader.executors()
+        batch_size = reader.batch_size(model, executors)
+        iterations, epochs = reader.length(model, profile)
+        return cls(
+            framework=framework,
+            model=model,
+            fn=fn,
+            device=reader.choice("device", DEVICES, "cpu"),
+            executors=executors,
+            cores_per_executor=config.cores_per_executor,
+            epochs=epochs,
+            iterations=iterations,
+            batch_size=batch_size,
+            test_every=reader.test_every(model),
+            rounds=reader.setting("rounds", _count, config.rounds or profile.rounds),
+            warmup_rounds=reader.value("warmup_rounds", _count_from_zero, profile.warmup_rounds),
+            seed=reader.setting("seed", _seed, config.seed),
+            runtime_margin_fraction=reader.setting("runtime_margin", values.percent, config.runtime_margin_fraction),
+            speedup_margin_fraction=reader.setting("speedup_margin", values.percent, config.speedup_margin_fraction),
+            accuracy_margin_fraction=reader.setting("accuracy_margin", values.points, config.accuracy_margin_fraction),
+            timeout_seconds=reader.setting("timeout", values.seconds, config.timeout_seconds),
+            data=reader.value("data", _text, None),
+            options=reader.value("options", _options, {}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return, JSON-ready, what makes two runs the same workload.
+
+        How often it is measured, with which seed and against which margins is left out: that may differ between
+        a run and the baseline it is compared with. Data has its own identity in the records.
+        """
+        return {
+            **{name: getattr(self, name) for name in _IDENTITY},
+            "options": dict(self.options),
+            "function": _function_name(self.fn),
+        }
+
+
+_IDENTITY = (
+    *("framework", "model", "device", "executors", "cores_per_executor"),
+    *("epochs", "iterations", "batch_size", "test_every"),
+)
+
+
+KEYWORDS = (
+    "framework",
+    "model",
+    "fn",
+    "device",
+    "executors",
+    "epochs",
+    "iterations",
+    "batch_size",
+    "test_every",
+    "rounds",
+    "warmup_rounds",
+    "seed",
+    "runtime_margin",
+    "speedup_margin",
+    "accuracy_margin",
+    "timeout",
+    "data",
+    "options",
+)
+"""Every keyword of the ``gauge`` marker and of ``train(...)``."""
+
+
+class _Reader:
+    """Reads one set of keywords; every error says where they stand."""
+
+    def __init__(self, keywords: Mapping[str, Any], config: GaugeConfig, where: str) -> None:
+        # None is how a caller hands on "not said"
+        self._keywords = {name: value for name, value in keywords.items() if value is not None}
+        self._config, self._where = config, where
+        for name in keywords:
+            if name not in KEYWORDS:
+                raise self._error(f"Unknown keyword {name!r}{_suggestion(name, KEYWORDS)}", ", ".join(KEYWORDS), name)
+
+    def _error(self, summary: str, expected: str, actual: Any, hint: str | None = None) -> ConfigurationError:
+        shown = actual if isinstance(actual, str) else repr(actual)
+        return ConfigurationError(summary, expected=expected, actual=shown, where=self._where, hint=hint)
+
+    def value(self, name: str, convert: Callable[[Any, str], Any], default: Any) -> Any:
+        """Return keyword ``name`` converted, or ``default``."""
+        if name not in self._keywords:
+            return default
+        try:
+            return convert(self._keywords[name], name)
+        except ConfigurationError as error:
+            raise self._error(error.summary, error.expected or "", error.actual) from None
+
+    def setting(self, name: str, convert: Callable[[Any, str], Any], configured: Any) -> Any:
+        """Return ``configured`` if it came from the command line, else the keyword, else ``configured``."""
+        value = self.value(name, convert, configured)  # checked even where the command line wins
+        return configured if name in self._config.given else value
+
+    def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
+        """Return keyword ``name`` as one of ``choices``."""
+        value = self._keywords.get(name, default)
+        if value not in choices:
+            raise self._error(f"Unknown {name}{_suggestion(value, choices)}", f"one of {', '.join(choices)}", value)
+        return str(value)
+
+    def training(self) -> tuple[str, str, Fit | None]:
+        """Return framework, model name and the user's function, if any."""
+        framework = self.choice("framework", tuple(FRAMEWORKS), DEFAULT_FRAMEWORK)
+        if FRAMEWORKS[framework].module is None:
+            shipped = ", ".join(name for name, spec in FRAMEWORKS.items() if spec.module)
+            summary, expected = f"Framework {framework!r} is not available yet", f"this version ships: {shipped}"
+            raise self._error(summary, expected, framework)
+        if "fn" in self._keywords:
+            return framework, CUSTOM_MODEL, self._callable("fn", self._keywords["fn"])
+        built_in = FRAMEWORKS[framework].models
+        if self._keywords.get("model") in built_in:
+            return framework, self._keywords["model"], None
+        return self._registered(framework, built_in)
+
+    def _registered(self, framework: str, built_in: tuple[str, ...]) -> tuple[str, str, Fit]:
+        name = self._keywords.get("model")
+        registered = {point.name: point for point in metadata.entry_points(group=ENTRY_POINT_GROUP)}
+        if name is None or not isinstance(name, str) or name not in registered:
+            allowed = (*built_in, *sorted(registered))
+            summary = "No model given" if name is None else f"Unknown model{_suggestion(name, allowed)}"
+            expected = f"model= one of {', '.join(allowed)}, or fn= with a function"
+            raise self._error(summary, expected, "nothing" if name is None else name)
+        try:
+            loaded = registered[name].load()
+        except Exception as error:
+            source = f"entry point {registered[name].value!r} of group {ENTRY_POINT_GROUP}"
+            raise self._error(f"Model {name!r} does not load", source, f"{type(error).__name__}: {error}") from error
+        return framework, name, self._callable("model", loaded)
+
+    def _callable(self, name: str, value: Any) -> Fit:
+        if not callable(value):
+            raise self._error(f"Bad value for {name}", "a function fit(context, shard)", value)
+        return value  # type: ignore[no-any-return]
+
+    def executors(self) -> int:
+        """Return the executors to train on, no more than the cluster has."""
+        available = self._config.executors
+        executors = int(self.value("executors", _count, available))
+        if executors > available:
+            hint = f"Start more with --gauge-executors {executors}."
+            raise self._error("Bad value for executors", f"at most the cluster's {available}", executors, hint)
+        return executors
+
+    def batch_size(self, model: str, executors: int) -> int:
+        """Return the global batch, at least one image per executor."""
+        default = RECIPES[model].global_batch if model in RECIPES else DEFAULT_CUSTOM_BATCH
+        size = int(self.value("batch_size", _count, max(default, executors)))
+        if size < executors:
+            expected = f"at least one image for each of {executors} executors"
+            raise self._error("Bad value for batch_size", expected, size)
+        return size
+
+    def length(self, model: str, profile: ProfileSpec) -> tuple[int | None, float | None]:
+        """Return iterations and epochs, of which at most one is set."""
+        iterations, epochs = self.value("iterations", _count, None), self.value("epochs", _epochs, None)
+        if iterations is not None and epochs is not None:
+            actual = f"iterations={iterations} and epochs={epochs}"
+            raise self._error("Two lengths of training", "either iterations or epochs", actual)
+        if iterations is None and epochs is None:
+            iterations = profile.iterations or full_iterations(model)
+            if self._config.profile == "ci":
+                iterations = CI_ITERATIONS.get(model, iterations)
+        return iterations, epochs
+
+    def test_every(self, model: str) -> int | None:
+        """Return the steps between tests: the recipe's in profile full, else only the one at the end."""
+        reference = RECIPES[model].test_every if self._config.profile == "full" and model in RECIPES else None
+        found: int | None = self.value("test_every", _count, reference)
+        return found
+
+
+def full_iterations(model: str) -> int | None:
+    """Return the training steps of profile ``full``; None for a user's model, which knows its own."""
+    recipe = RECIPES.get(model)
+    return FULL_ITERATIONS.get(model, recipe.iterations if recipe else None)
+
+
+def _suggestion(name: Any, allowed: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(name), allowed, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _integer(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        expected = f"a whole number of at least {least}"
+        raise ConfigurationError(f"Bad value for {name}", expected=expected, actual=repr(value))
+    return value
+
+
+def _count(value: Any, name: str) -> int:
+    return _integer(value, name, least=1)
+
+
+def _count_from_zero(value: Any, name: str) -> int:
+    return _integer(value, name, least=0)
+
+
+def _seed(value: Any, name: str) -> int:
+    return values.seed(_integer(value, name, least=0), name)
+
+
+def _epochs(value: Any, name: str) -> float:
+    expected = "a number above 0"
+    if isinstance(value, str) or (result := values.number(value, name, expected)) <= 0:
+        raise ConfigurationError(f"Bad value for {name}", expected=expected, actual=repr(value))
+    return result
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigurationError(f"Bad value for {name}", expected="a text that is not empty", actual=repr(value))
+    return value
+
+
+def _options(value: Any, name: str) -> dict[str, Any]:
+    """Return ``value`` as it will be read back from a record: options are part of the workload's identity."""
+    expected = "a dict of JSON values with text keys"
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigurationError(f"Bad value for {name}", expected=expected, actual=repr(value))
+    try:
+        return dict(json.loads(json.dumps(dict(value), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"Bad value for {name}", expected=expected, actual=str(error)) from None
+
+
+def _function_name(fn: Fit | None) -> str:
+    """Return ``module:name`` of ``fn``; an object without a name is known by its class."""
+    if fn is None:
+        return ""
+    named = fn if hasattr(fn, "__qualname__") else type(fn)
+    return f"{named.__module__}:{named.__qualname__}"
