@@ -1,0 +1,1 @@
+"""TensorFlow through TensorFlowOnSpark: ``launch`` runs on the driver, ``training`` on the executors."""

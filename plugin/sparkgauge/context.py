@@ -1,0 +1,156 @@
+"""What a training function sees on its executor: who it is, its batches, and where to report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparkgauge.channel import ExecutorChannel
+from sparkgauge.job import Job
+from sparkgauge.phases import PhaseClock
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sparkgauge.data.shards import Shard
+
+PROGRESS_SECONDS = 0.5
+"""Least time between two progress messages: a terminal shows no more, and the wire stays idle."""
+
+CURVE_STEPS = 50
+"""A point of the learning curve is kept every so many steps, and at each test."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of this executor."""
+
+    index: int
+    """0-based, over all epochs."""
+    images: NDArray[np.uint8]
+    """This executor's part of the global batch, shape (b, 32, 32, 3); b may be 0 in a small last batch."""
+    labels: NDArray[np.uint8]
+    """Shape (b,)."""
+    global_batch: int
+    """Images of this step over all executors: divide summed losses by it."""
+
+
+class Context:
+    """Passed to ``fit(context, shard)`` on each executor.
+
+    A ``fit`` that takes its batches from :meth:`steps` gets feed, warm-up and compute timed without further work;
+    :meth:`phase` marks other phases, :meth:`record_loss` and :meth:`record_test` fill the learning curve.
+    """
+
+    def __init__(self, job: Job, rank: int, channel: ExecutorChannel, clock: PhaseClock, handle: Any = None) -> None:
+        """Made by the executor's runner, not by users."""
+        self.rank = rank
+        """This executor's index, 0 to ``executors`` - 1."""
+        self.executors = job.executors
+        self.device = job.device
+        self.seed = job.seed
+        """Seed of this round: initial weights, order of the images, augmentation."""
+        self.global_batch = job.global_batch
+        self.iterations = job.iterations
+        self.epochs = job.epochs
+        self.test_every = job.test_every
+        self.threads = job.threads
+        self.options: Mapping[str, Any] = job.options
+        self.handle = handle
+        """The framework's own handle: with TensorFlow the ``MultiWorkerMirroredStrategy``."""
+        self.step_seconds: list[float] = []
+        self.curve: list[dict[str, float]] = []
+        self.train_images = 0
+        self.test_images = 0
+        self._injections = job.injections
+        self._channel, self._clock = channel, clock
+        self._step_images = 0
+        self._loss_sum, self._loss_images, self._last_loss = 0.0, 0, math.nan
+        self._steps_done = 0
+        self._next_progress = 0.0
+
+    def total_steps(self, shard: Shard) -> int:
+        """Return the number of training steps of this round."""
+        if self.iterations is not None:
+            return self.iterations
+        return math.ceil((self.epochs or 1) * shard.sampler.steps_per_epoch)
+
+    def steps(self, shard: Shard) -> Iterator[Step]:
+        """Yield every training step of the round, timing how long the batch and the body take."""
+        total = self.total_steps(shard)
+        for index in range(total):
+            began, excluded = time.monotonic(), self._excluded_seconds()
+            self._clock.switch("feed")
+            images, labels = shard.batch(index)
+            self._inject("feed", time.monotonic() - began)
+            self._step_images = len(labels)
+            self._clock.switch("compute" if index else "warmup")
+            body = time.monotonic()
+            yield Step(index, images, labels, shard.sampler.global_batch_size(index))
+            tested = self._excluded_seconds() - excluded
+            self._inject("compute", time.monotonic() - body - tested)
+            self.train_images += len(labels)
+            self._steps_done = index + 1
+            if index:
+                self.step_seconds.append(time.monotonic() - began - tested)
+            self._after_step(index, total)
+        self._clock.switch("collect")
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Return a context manager whose block is timed as phase ``name`` (see records.PHASES)."""
+        return self._clock.during(name)
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Reattribute ``seconds`` of phase ``source`` to ``target``, known only after a compiled step returned."""
+        self._clock.move(source, target, seconds)
+
+    def record_loss(self, loss_sum: float, images: int | None = None) -> None:
+        """Add this step's loss, summed over this executor's ``images`` (the step's own by default).
+
+        Raises FloatingPointError when it is not finite: training on is pointless, and a test must not pass on it.
+        """
+        if not math.isfinite(loss_sum):
+            raise FloatingPointError(f"the training loss is {loss_sum} at step {self._steps_done}")
+        self._loss_sum += loss_sum
+        self._loss_images += self._step_images if images is None else images
+
+    def record_test(self, correct: int, tested: int) -> None:
+        """Report that this executor classified ``correct`` of its ``tested`` images of the test set right."""
+        self.test_images = tested
+        self._point(correct=int(correct), tested=int(tested))
+
+    def _after_step(self, index: int, total: int) -> None:
+        if (index + 1) % CURVE_STEPS == 0 or index + 1 == total:
+            self._point()
+        now = time.monotonic()
+        if self.rank == 0 and now >= self._next_progress and self.step_seconds:
+            self._next_progress = now + PROGRESS_SECONDS
+            recent = self.step_seconds[-CURVE_STEPS:]
+            rate = self.global_batch * len(recent) / sum(recent)
+            self._channel.send(
+                "progress", step=index + 1, total=total, images_per_second=rate, loss=_or_none(self._last_loss)
+            )
+
+    def _point(self, **test: int) -> None:
+        if self._loss_images:
+            self._last_loss = self._loss_sum / self._loss_images
+        elapsed = time.monotonic() - self._channel.driver_start
+        point = {"step": self._steps_done, "loss_sum": self._loss_sum, "images": self._loss_images}
+        self.curve.append({**point, "elapsed_seconds": elapsed, **test})
+        self._loss_sum, self._loss_images = 0.0, 0
+
+    def _excluded_seconds(self) -> float:
+        return self._clock.spent("evaluate")
+
+    def _inject(self, phase: str, seconds: float) -> None:
+        if fraction := self._injections.get(phase):
+            time.sleep(fraction * max(seconds, 0.0))
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

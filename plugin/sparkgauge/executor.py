@@ -1,0 +1,93 @@
+"""Runs a training function on an executor: connect to the driver, train, report, leave together.
+
+Framework-neutral; each adapter calls :func:`run` from inside its own Spark task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkgauge.channel import ExecutorChannel
+from sparkgauge.context import Context
+from sparkgauge.job import Job
+from sparkgauge.phases import PhaseClock
+
+if TYPE_CHECKING:
+    from sparkgauge.data.shards import Shard
+
+Train = Callable[[Context, "Shard"], "Mapping[str, float] | None"]
+
+
+def run(job: Job, rank: int, train: Train, *, prepare: Callable[[], Any] = lambda: None) -> None:
+    """Train on this executor and report to the driver; an exception is reported there first, then raised.
+
+    ``prepare`` makes the framework's handle (rendezvous, devices), timed as launch.
+    """
+    channel = ExecutorChannel(job.address, rank)
+    clock = PhaseClock(channel.driver_start)
+    cpu_before = time.process_time()
+    try:
+        context = Context(job, rank, channel, clock, prepare())
+        metrics = _checked(train(context, _open_shard(job, rank)))
+        clock.switch("collect")
+        channel.send("result", **_summary(context, clock, metrics, time.process_time() - cpu_before))
+        _await_release(channel)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the driver may have gone; Spark reports the exception as well
+            channel.send("error", summary=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        raise
+    finally:
+        channel.close()
+
+
+def _open_shard(job: Job, rank: int) -> Shard:
+    from sparkgauge.data.shards import Shard
+
+    folder = job.dataset_folder
+    if not folder:
+        from pyspark import SparkFiles
+
+        folder = SparkFiles.getRootDirectory()
+    return Shard.open(Path(folder), executors=job.executors, rank=rank, global_batch=job.global_batch, seed=job.seed)
+
+
+def _summary(context: Context, clock: PhaseClock, metrics: dict[str, float], cpu_seconds: float) -> dict[str, Any]:
+    seconds = clock.seconds()
+    return {
+        "phases": {name: getattr(seconds, name) for name in seconds.__dataclass_fields__},
+        "step_seconds": context.step_seconds,
+        "curve": context.curve,
+        "train_images": context.train_images,
+        "test_images": context.test_images,
+        "cpu_seconds": cpu_seconds,
+        "metrics": metrics,
+    }
+
+
+def _checked(metrics: object) -> dict[str, float]:
+    """Return the user's metrics as finite floats by name; TypeError or FloatingPointError says which one is not."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"fit must return a mapping of metric names to numbers or None, got {type(metrics).__name__}")
+    checked: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            checked[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"metric {name!r} must be a number, got {value!r}") from None
+        if not math.isfinite(checked[str(name)]):
+            raise FloatingPointError(f"metric {name!r} is {value}, not a finite number")
+    return checked
+
+
+def _await_release(channel: ExecutorChannel) -> None:
+    """Block until the driver has every executor's result: leaving earlier breaks the peers' last collectives."""
+    while channel.receive().get("kind") != "release":
+        pass

@@ -1,0 +1,52 @@
+"""The order that travels from the driver to every executor: what to train, on which data, and whom to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparkgauge.channel import Address
+
+
+@dataclass(frozen=True)
+class Job:
+    """One round's training + test, the same for all executors."""
+
+    address: Address
+    executors: int
+    model: str
+    """Name in :data:`sparkgauge.models.cifar10.RECIPES`, or anything when ``fn`` is given."""
+    device: str
+    """``cpu`` or ``gpu``."""
+    iterations: int | None
+    """Training steps; None when ``epochs`` says it."""
+    epochs: float | None
+    global_batch: int
+    test_every: int | None
+    """Steps between tests on the whole test set; None tests once, at the end."""
+    seed: int
+    dataset_folder: str
+    """The prepared data set on the executors' disks; empty where Spark brings its files (``SparkContext.addFile``)."""
+    train_count: int
+    """Training images of the data set."""
+    threads: int
+    """CPU threads each training process may use."""
+    loopback: bool
+    """All executors are on this machine: bind and connect on 127.0.0.1 only."""
+    fn: Callable[..., Any] | None = None
+    """The user's own ``fit(context, shard)``; None trains a built-in model."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Passed through to ``fn`` as ``context.options``."""
+    injections: Mapping[str, float] = field(default_factory=dict)
+    """Deliberate slowdown per phase, as a fraction of the phase's own time: shows that the gate works."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launched round, as an adapter's launcher hands it to the driver."""
+
+    failure: Callable[[], str | None]
+    """Returns what Spark said of the job's failure, None so far."""
+    close: Callable[[], None]
+    """Frees what the launcher holds on the driver; called once the round is over."""

@@ -1,0 +1,58 @@
+"""A clock that is in exactly one phase at a time, so that the phases add up to the time that passed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sparkgauge.records import PHASES, PhaseSeconds
+
+
+class PhaseClock:
+    """Attributes every moment from ``started`` on to one phase; starts in ``launch``."""
+
+    def __init__(self, started: float | None = None) -> None:
+        """Start in phase ``launch`` at ``started`` (``time.monotonic()``; now by default)."""
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._phase = "launch"
+        self._since = time.monotonic() if started is None else started
+
+    @property
+    def phase(self) -> str:
+        """Return the current phase."""
+        return self._phase
+
+    def switch(self, phase: str) -> float:
+        """Enter ``phase``; return the seconds spent in the one that ends. KeyError for a name not in PHASES."""
+        now = time.monotonic()
+        spent = now - self._since
+        self._seconds[self._phase] += spent
+        self._seconds[phase] += 0.0  # an unknown name must not wait until the next switch to be noticed
+        self._phase, self._since = phase, now
+        return spent
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Reattribute ``seconds`` (known only afterwards, e.g. from timestamps in a compiled step)."""
+        seconds = min(max(seconds, 0.0), self._seconds[source])
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Be in ``phase`` for the duration of the block, then back in the phase before."""
+        before = self._phase
+        self.switch(phase)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def spent(self, phase: str) -> float:
+        """Return the seconds attributed to ``phase`` by the switches so far."""
+        return self._seconds[phase]
+
+    def seconds(self) -> PhaseSeconds:
+        """Return the seconds per phase up to now."""
+        self.switch(self._phase)
+        return PhaseSeconds(**self._seconds)

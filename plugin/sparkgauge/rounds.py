@@ -1,0 +1,284 @@
+"""Runs one round on the driver: launch on Spark, listen to the executors, end it cleanly however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import queue
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from sparkgauge.channel import DriverChannel
+from sparkgauge.environment import load_average
+from sparkgauge.errors import GaugeError, TrainingError, TrainingTimeout
+from sparkgauge.job import Job, Launched
+from sparkgauge.records import CurvePoint, ExecutorRecord, PhaseSeconds, Round
+
+POLL_SECONDS = 0.05
+"""Between two looks at the Spark job while the executors are silent."""
+
+CANCEL_SECONDS = 8.0
+"""Given to a cancelled job to end (Spark kills a busy Python worker 2 s after the task's interruption)."""
+
+PEER_SECONDS = 1.0
+"""After an executor's error the others' are awaited so long: the first to arrive may be only the echo of the cause."""
+
+Message = dict[str, Any]
+
+
+class Launch(Protocol):
+    """An adapter's launcher; see :func:`sparkgauge.adapters.tensorflow.launch.launch`."""
+
+    def __call__(self, spark_context: Any, job: Job, *, job_group: str, check: Callable[[], None]) -> Launched:
+        """Start the job on the executors; ``check`` raises while waiting when the round has failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the training is, as executor 0 sees it."""
+
+    step: int
+    total_steps: int
+    images_per_second: float
+    loss: float | None
+
+
+def run_round(
+    spark_context: Any,
+    job: Job,
+    launch: Launch,
+    *,
+    timeout_seconds: float,
+    advertised_host: str = "127.0.0.1",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Round:
+    """Return the record of one training + test, timed from this call to the last executor's leave.
+
+    ``job.address`` is filled in here. Raises TrainingError with the failing executor's traceback within seconds of the
+    failure, TrainingTimeout after ``timeout_seconds``; either way the Spark job has been cancelled on return.
+    """
+    started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+    load = load_average()
+    with DriverChannel("127.0.0.1" if job.loopback else "0.0.0.0", advertised_host) as channel:
+        conversation = _Conversation(channel, job, timeout_seconds, on_progress)
+        spark_job = _SparkJob(spark_context)
+        launched = None
+        try:
+            launched = launch(
+                spark_context,
+                replace(job, address=channel.address),
+                job_group=spark_job.group,
+                check=conversation.pump,
+            )
+            conversation.await_results(spark_job.failed, launched.failure)
+            channel.broadcast({"kind": "release"})
+            spark_job.await_end(conversation.deadline)
+        except BaseException:
+            spark_job.cancel()
+            raise
+        finally:
+            if launched is not None:
+                launched.close()
+        return conversation.round(channel.elapsed(), started_at, load)
+
+
+class _Conversation:
+    """What the executors have said in this round."""
+
+    def __init__(
+        self, channel: DriverChannel, job: Job, timeout_seconds: float, on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._channel, self._job, self._on_progress = channel, job, on_progress
+        self._timeout_seconds = timeout_seconds
+        self.deadline = time.monotonic() + timeout_seconds
+        self._hosts: dict[int, str] = {}
+        self._results: dict[int, Message] = {}
+        self._errors: list[Message] = []
+        self._gone: dict[int, str] = {}
+
+    def pump(self, wait_seconds: float = 0.0) -> None:
+        """Handle what has arrived; raises the executors' error or the timeout."""
+        with contextlib.suppress(queue.Empty):
+            self._handle(self._channel.inbox.get(block=wait_seconds > 0, timeout=wait_seconds or None))
+            while True:
+                self._handle(self._channel.inbox.get_nowait())
+        if self._errors:
+            raise self._executor_error()
+        if time.monotonic() > self.deadline:
+            raise TrainingTimeout(
+                "A training round was cancelled",
+                expected=f"at most {self._timeout_seconds:g} s",
+                actual=f"no result from executor {self._missing()} by then",
+                hint="Raise --gauge-timeout if it is only slow; the executors' last words are in the log",
+            )
+
+    def await_results(self, failed: Callable[[], bool], reason: Callable[[], str | None]) -> None:
+        """Return when every executor has sent its result; raises when the Spark job has ``failed`` before."""
+        while len(self._results) < self._job.executors:
+            self.pump(POLL_SECONDS)
+            if failed():
+                self._collect_late_errors()
+                raise self._spark_error(reason() or "Spark reports the job as failed")
+
+    def round(self, runtime_seconds: float, started_at: str, load: float) -> Round:
+        """Return the record of the finished round."""
+        results = [self._results[rank] for rank in range(self._job.executors)]
+        executors = tuple(self._executor(rank, runtime_seconds) for rank in range(self._job.executors))
+        metrics = results[0]["metrics"]
+        curve = _curve([result["curve"] for result in results], self._job)
+        return Round(
+            seed=self._job.seed,
+            runtime_seconds=runtime_seconds,
+            accuracy_fraction=_final_accuracy(curve, metrics, self._job.model),
+            images_per_second=_throughput(self._job, executors),
+            executors=executors,
+            curve=curve,
+            load_average=load,
+            started_at=started_at,
+            metrics=metrics,
+        )
+
+    def _executor(self, rank: int, runtime_seconds: float) -> ExecutorRecord:
+        result = self._results[rank]
+        phases = PhaseSeconds(**result["phases"])
+        # the executor's clock stops at its last word; what follows until the driver has all is collecting
+        phases = replace(phases, collect=phases.collect + max(0.0, runtime_seconds - phases.total))
+        return ExecutorRecord(
+            rank=rank,
+            host=self._hosts[rank],
+            phases=phases,
+            step_seconds=tuple(result["step_seconds"]),
+            train_images=result["train_images"],
+            test_images=result["test_images"],
+            cpu_seconds=result["cpu_seconds"],
+        )
+
+    def _handle(self, message: Message) -> None:
+        kind, rank = message["kind"], int(message["rank"])
+        if kind == "hello":
+            self._hosts[rank] = str(message["host"])
+        elif kind == "progress":
+            self._on_progress(
+                Progress(message["step"], message["total"], message["images_per_second"], message["loss"])
+            )
+        elif kind == "result":
+            self._results[rank] = message
+        elif kind == "error":
+            self._errors.append(message)
+        elif kind == "gone" and rank not in self._results:
+            self._gone[rank] = str(message["why"])
+
+    def _collect_late_errors(self) -> None:
+        until = time.monotonic() + PEER_SECONDS
+        while time.monotonic() < until:
+            self.pump(POLL_SECONDS)
+
+    def _executor_error(self) -> GaugeError:
+        cause = _root_cause(self._errors)
+        rank = int(cause["rank"])
+        return TrainingError(
+            f"Training failed on executor {rank} ({self._hosts.get(rank, 'unknown host')}): {cause['summary']}",
+            executor=rank,
+            traceback_text=str(cause["traceback"]),
+        )
+
+    def _spark_error(self, failure: str) -> GaugeError:
+        lost = sorted(self._gone)
+        if lost:
+            return TrainingError(
+                f"Executor {lost[0]} ({self._hosts.get(lost[0], 'unknown host')}) was lost during training",
+                executor=lost[0],
+                actual="its process ended without a word (killed, out of memory, or a crash in native code)",
+                hint="Look at the machine's kernel log for the out-of-memory killer, or raise --gauge-memory",
+                traceback_text=failure,
+            )
+        return TrainingError("Spark ended the training job", actual=_first_cause(failure), traceback_text=failure)
+
+    def _missing(self) -> str:
+        return ", ".join(str(rank) for rank in range(self._job.executors) if rank not in self._results)
+
+
+class _SparkJob:
+    """The Spark job behind a round, found by its group."""
+
+    def __init__(self, spark_context: Any) -> None:
+        self.group = f"sparkgauge-{uuid.uuid4().hex[:12]}"
+        self._context = spark_context
+        self._tracker = spark_context.statusTracker()
+
+    def failed(self) -> bool:
+        """Return whether a job of the group has failed."""
+        return "FAILED" in self._statuses()
+
+    def await_end(self, deadline: float) -> None:
+        """Block until no job of the group is running, so that the next round finds free slots."""
+        while "RUNNING" in self._statuses() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS / 5)
+
+    def cancel(self) -> None:
+        """Cancel the job and wait for its tasks to end."""
+        self._context.cancelJobGroup(self.group)
+        self.await_end(time.monotonic() + CANCEL_SECONDS)
+
+    def _statuses(self) -> list[str]:
+        jobs = self._tracker.getJobIdsForGroup(self.group)
+        infos = [self._tracker.getJobInfo(job) for job in jobs]
+        return [str(info.status) for info in infos if info is not None]
+
+
+def _root_cause(errors: list[Message]) -> Message:
+    """Return the error that is least likely the echo of another executor's: collectives break in the survivors."""
+    echoes = ("UnavailableError", "CancelledError", "AbortedError", "DeadlineExceeded", "ConnectionReset", "EOFError")
+    first = [error for error in errors if not str(error["summary"]).startswith(echoes)]
+    return (first or errors)[0]
+
+
+def _first_cause(failure: str) -> str:
+    lines = [line.strip() for line in failure.splitlines() if line.strip()]
+    caused = [line for line in lines if "Error" in line or "Exception" in line]
+    return (caused or lines or ["no reason given"])[0][:300]
+
+
+def _throughput(job: Job, executors: tuple[ExecutorRecord, ...]) -> float:
+    """Return training images per second after the first step, by the slowest executor's steps."""
+    slowest = max(sum(record.step_seconds) for record in executors)
+    steps = max(len(record.step_seconds) for record in executors)
+    images = sum(record.train_images for record in executors)
+    return images * steps / (steps + 1) / slowest if slowest > 0 else 0.0
+
+
+def _final_accuracy(curve: tuple[CurvePoint, ...], metrics: Mapping[str, float], model: str) -> float:
+    tested = [point.accuracy_fraction for point in curve if point.accuracy_fraction is not None]
+    if tested:
+        return tested[-1]
+    if "accuracy_fraction" in metrics:
+        return metrics["accuracy_fraction"]
+    raise TrainingError(
+        f"The training function of {model!r} reported no accuracy",
+        expected="context.record_test(correct, tested) on every executor, or a metric named accuracy_fraction",
+        actual=f"metrics {sorted(metrics) or 'none'}",
+    )
+
+
+def _curve(parts: list[list[Message]], job: Job) -> tuple[CurvePoint, ...]:
+    """Return the points of all executors merged by position; counts and losses are summed over the executors."""
+    points: list[CurvePoint] = []
+    for group in zip(*parts, strict=True):  # every executor keeps points at the same steps
+        images, tested = sum(p["images"] for p in group), sum(p.get("tested", 0) for p in group)
+        if not images and not tested:
+            continue
+        previous = points[-1].train_loss if points else 0.0
+        points.append(
+            CurvePoint(
+                step=group[0]["step"],
+                epoch=group[0]["step"] * job.global_batch / job.train_count,
+                train_loss=sum(p["loss_sum"] for p in group) / images if images else previous,
+                accuracy_fraction=sum(p.get("correct", 0) for p in group) / tested if tested else None,
+                elapsed_seconds=max(p["elapsed_seconds"] for p in group),
+            )
+        )
+    return tuple(points)
