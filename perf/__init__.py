@@ -1,0 +1,1 @@
+"""The suite: one file per question that a release has to answer."""

@@ -1,0 +1,235 @@
+"""The pytest plugin: hooks and fixtures, nothing else. What they do lives in the modules they call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sparkgauge import config as options
+from sparkgauge.errors import ConfigurationError, GaugeError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from sparkgauge.cluster.spark import SparkCluster
+    from sparkgauge.data.dataset import Dataset
+    from sparkgauge.gpu import Gpu
+    from sparkgauge.session import GaugeSession, TestGauge
+    from sparkgauge.training import BaselineView, Training
+
+SESSION = pytest.StashKey["GaugeSession"]()
+TEST = pytest.StashKey["TestGauge"]()
+
+FIXTURES = frozenset({"train", "trained", "baseline", "spark_session", "spark_cluster", "cifar10"})
+"""A test that asks for one of these is ours: only then is data looked for and something printed."""
+
+MARKERS = (
+    "gauge(framework, model, device, executors, epochs|iterations, batch_size, rounds, ...): the training that the "
+    "fixture `trained` runs on Spark executors and times; keywords as for `train(...)`",
+    "gpu: needs a GPU; added by gauge(device='gpu')",
+    "cpu: trains on the CPU; added by gauge(device='cpu')",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register the ``--gauge-...`` options and their ini twins."""
+    options.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers and check the options, so that a bad one ends the run before collection."""
+    for line in MARKERS:
+        config.addinivalue_line("markers", line)
+    try:
+        options.check(config.getoption, config.getini, os.environ)
+    except ConfigurationError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Add the marker ``gpu`` or ``cpu`` to a test by the device it trains on, so that ``-m gpu`` selects it."""
+    marker = item.get_closest_marker("gauge")
+    if marker is not None:
+        device = marker.kwargs.get("device", "cpu")
+        if device in ("gpu", "cpu"):
+            item.add_marker(device)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """Say what the tests of this session are measured with; nothing where none of them is ours."""
+    if config.option.collectonly or not any(_is_ours(item) for item in items):
+        return []
+    from sparkgauge.report.header import header_lines
+
+    try:
+        return header_lines(_session(config), has_other_spark_fixtures=config.pluginmanager.hasplugin("spark"))
+    except GaugeError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked ``gpu`` where there is none, with the reason."""
+    if item.get_closest_marker("gpu") is not None:
+        from sparkgauge import gpu
+
+        if not gpu.detect():
+            pytest.skip(f"needs a GPU: {gpu.why_none()}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """After the test's own code: run trainings nobody looked at, store baselines, turn open verdicts into a skip."""
+    __tracebackhide__ = True
+    result = yield
+    if (gauge := pyfuncitem.stash.get(TEST, None)) is not None:
+        gauge.settle()
+        gauge.finish(passed=True)
+        if open_verdicts := gauge.open_verdicts():
+            pytest.skip(f"not a pass: {open_verdicts}")
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put the verdicts into the report's properties, from where JUnit XML takes them."""
+    report = yield
+    if call.when == "call" and (gauge := item.stash.get(TEST, None)) is not None:
+        report.user_properties.extend(gauge.properties())
+    return report
+
+
+def pytest_assertrepr_compare(left: object, right: object) -> list[str] | None:
+    """Explain a failed gate with its numbers: expected, actual, interval, limit, baseline file, next command."""
+    from sparkgauge.gate import explain_comparison
+
+    return explain_comparison(left, right)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table of everything that was measured."""
+    session = config.stash.get(SESSION, None)
+    if session is not None and session.runs:
+        from sparkgauge.report.summary import write_summary
+
+        write_summary(terminalreporter, session, verbose=config.get_verbosity() > 0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Stop the cluster and write the JSON report."""
+    gauge = session.config.stash.get(SESSION, None)
+    if gauge is None:
+        return
+    gauge.stop()
+    if gauge.config.report_file is not None:
+        from sparkgauge.report.run_json import write_session_report
+
+        write_session_report(gauge.config.report_file, gauge)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the cluster where pytest ends without finishing its session."""
+    if (gauge := config.stash.get(SESSION, None)) is not None:
+        gauge.stop()
+
+
+@pytest.fixture
+def train(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Training]:
+    """Return ``train(framework, model, *, label=None, **keywords) -> Training``; keywords as in marker ``gauge``."""
+    gauge = _test_gauge(request, benchmark)
+
+    def train(
+        framework: str | None = None, model: str | None = None, *, label: str | None = None, **keywords: Any
+    ) -> Training:
+        __tracebackhide__ = True
+        given = {"framework": framework, "model": model, **keywords}
+        return gauge.train(given, label=label, where=f"train(...) of {request.node.nodeid}")
+
+    return train
+
+
+@pytest.fixture
+def trained(request: pytest.FixtureRequest, benchmark: Any) -> Training:
+    """Return the training of the test's ``gauge`` marker; its rounds run when a result is first asked for."""
+    marker = request.node.get_closest_marker("gauge")
+    where = f"@pytest.mark.gauge(...) of {request.node.nodeid}"
+    if marker is None or marker.args:
+        actual = "no marker" if marker is None else f"positional arguments {marker.args!r}"
+        raise ConfigurationError(
+            "The fixture `trained` needs a training", expected="keywords in the marker", actual=actual, where=where
+        )
+    return _test_gauge(request, benchmark).train(marker.kwargs, where=where)
+
+
+@pytest.fixture
+def baseline(request: pytest.FixtureRequest, benchmark: Any) -> BaselineView:
+    """Return the stored quantities of this test: ``.runtime``, ``.accuracy``, ``.speedup``, ``["label"]``."""
+    return _test_gauge(request, benchmark).baseline
+
+
+@pytest.fixture(scope="session")
+def spark_cluster(pytestconfig: pytest.Config) -> SparkCluster:
+    """Return the session's Spark cluster, its executors registered."""
+    return _session(pytestconfig).cluster()
+
+
+@pytest.fixture
+def spark_session(spark_cluster: SparkCluster) -> SparkSession:
+    """Return the ``SparkSession`` on the session's cluster; do not stop it."""
+    spark_cluster.ensure_alive()
+    return spark_cluster.spark
+
+
+@pytest.fixture(scope="session")
+def cifar10(pytestconfig: pytest.Config) -> Dataset:
+    """Return CIFAR-10 prepared for executors (see ``--gauge-data``)."""
+    return _session(pytestconfig).dataset()
+
+
+@pytest.fixture(scope="session")
+def gpus() -> tuple[Gpu, ...]:
+    """Return the GPUs of this machine, in index order; empty without any."""
+    from sparkgauge import gpu
+
+    return gpu.detect()
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    return not FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+
+
+def _session(config: pytest.Config) -> GaugeSession:
+    """Return the session's state, made at first use."""
+    if SESSION not in config.stash:
+        from sparkgauge.report.progress import Progress
+        from sparkgauge.report.terminal import UncapturedStream
+        from sparkgauge.session import GaugeSession
+
+        gauge_config = options.GaugeConfig.build(
+            config.getoption,
+            config.getini,
+            os.environ,
+            rootdir=config.rootpath,
+            invocation_folder=config.invocation_params.dir,
+        )
+        quiet = gauge_config.ci or config.get_verbosity() < 0
+        progress = Progress(UncapturedStream(config), enabled=not quiet)
+        config.stash[SESSION] = GaugeSession(gauge_config, config.rootpath, progress)
+    return config.stash[SESSION]
+
+
+def _test_gauge(request: pytest.FixtureRequest, benchmark: Any) -> TestGauge:
+    """Return what the requesting test measures with, one for all its fixtures."""
+    node = request.node
+    if TEST not in node.stash:
+        from sparkgauge.benchmarking import BenchmarkTimer
+
+        gauge = _session(request.config).test(node.nodeid, BenchmarkTimer(benchmark))
+        node.stash[TEST] = gauge
+        node.addfinalizer(lambda: gauge.finish(passed=False))
+    found: TestGauge = node.stash[TEST]
+    return found

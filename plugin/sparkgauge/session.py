@@ -1,0 +1,448 @@
+"""What one pytest session measures with, without pytest: cluster, data, trainings, verdicts, baselines."""
+
+from __future__ import annotations
+
+import datetime
+import getpass
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sparkgauge import environment, gpu
+from sparkgauge.channel import Address
+from sparkgauge.config import GaugeConfig
+from sparkgauge.errors import BaselineError, ConfigurationError
+from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, summary
+from sparkgauge.job import Job
+from sparkgauge.records import Approval, Baseline, Environment, Round, RunRecord, Verdict
+from sparkgauge.report.progress import Progress
+from sparkgauge.store import DEFAULT_LABEL, BaselineStore, baseline_of, comparable, with_missing
+from sparkgauge.training import BaselineView, Budget, Training, pick_label
+from sparkgauge.workload import FRAMEWORKS, Workload
+
+if TYPE_CHECKING:
+    from sparkgauge.cluster.spark import SparkCluster
+    from sparkgauge.data.dataset import Dataset
+
+
+class Timer(Protocol):
+    """Who times the rounds and keeps their statistics: pytest-benchmark, behind ``benchmarking.BenchmarkTimer``."""
+
+    def __call__(
+        self, label: str, workload: Workload, take: Callable[[], Round], rounds: int, warmup_rounds: int
+    ) -> bool:
+        """Take the rounds; return whether they were timed."""
+        ...
+
+    def add(self, label: str, extra: Round) -> None:
+        """Count a further round."""
+        ...
+
+    def describe(self, run: RunRecord, status: str) -> None:
+        """Keep the run's scalars with its statistics."""
+        ...
+
+
+PREIMPORTS = ("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training")
+"""What a Python task of an executor finds imported already; modules that are not installed are passed over."""
+
+
+class GaugeSession:
+    """What all tests of a pytest session share; cluster and data are made when first needed."""
+
+    def __init__(self, config: GaugeConfig, root: Path, progress: Progress) -> None:
+        self.config = config
+        self.progress = progress
+        self.store = BaselineStore(config.baselines_folder)
+        self.runs: list[RunRecord] = []
+        self.verdicts: list[tuple[str, str, Verdict]] = []
+        """Test id, label and verdict, in the order of the comparisons."""
+        self.written: list[Path] = []
+        """Baseline files that this session wrote."""
+        self._root = root
+        self._cluster: SparkCluster | None = None
+        self._datasets: dict[str | None, Dataset] = {}
+        self._shipped: set[Path] = set()
+
+    @cached_property
+    def environment(self) -> Environment:
+        """Return what this session runs on."""
+        from sparkgauge.cluster.java import find_java
+
+        java = find_java(os.environ)
+        return environment.capture(os.environ, java_version=str(java.version), gpus=[one.name for one in gpu.detect()])
+
+    @cached_property
+    def commit(self) -> str:
+        """Return the git commit of the tests' folder."""
+        return environment.git_commit(self._root)
+
+    def dataset(self, source: str | None = None) -> Dataset:
+        """Return the data set of ``source`` (the session's own by default), prepared for executors."""
+        import pooch
+
+        from sparkgauge.data import resolve
+
+        wanted = source or self.config.data
+        if wanted not in self._datasets:
+            cache = Path(pooch.os_cache("sparkgauge"))
+            self._datasets[wanted] = resolve(wanted, cache_dir=cache, progress=not self.config.ci)
+        return self._datasets[wanted]
+
+    @property
+    def resolved(self) -> list[Dataset]:
+        """Return the data sets that were used."""
+        return list(self._datasets.values())
+
+    def cluster(self) -> SparkCluster:
+        """Return the running cluster, started by the first call; lost executors are waited for."""
+        if self._cluster is None:
+            self._cluster = self._start_cluster()
+        self._cluster.ensure_alive()
+        return self._cluster
+
+    def stop(self) -> None:
+        """Stop the cluster if one was started."""
+        if self._cluster is not None:
+            self._cluster.stop()
+            self._cluster = None
+
+    def prepare(self, workload: Workload) -> None:
+        """Start the cluster, prepare the data and load the adapter, where that has not been done."""
+        self.cluster()
+        self.dataset(workload.data)
+        _adapter(workload).prepare()
+
+    def run_round(self, workload: Workload, seed: int, index: int, planned: int) -> Round:
+        """Return one round of ``workload``; afterwards no task of it is left, however it ended."""
+        from sparkgauge.rounds import run_round
+
+        cluster = self.cluster()
+        cluster.wait_for_executors(workload.executors)
+        job = self._job(cluster, workload, seed)
+        try:
+            return run_round(
+                cluster.spark.sparkContext,
+                job,
+                _adapter(workload).launch,
+                timeout_seconds=workload.timeout_seconds,
+                advertised_host=self._advertised_host(cluster),
+                on_progress=lambda p: self.progress.update(index, p.step, p.total_steps, p.images_per_second, p.loss),
+            )
+        except BaseException:
+            self._clean_up(cluster)
+            raise
+
+    def test(self, test_id: str, timer: Timer) -> TestGauge:
+        """Return what one test measures with."""
+        return TestGauge(self, test_id, timer)
+
+    def policy(self, workload: Workload) -> Policy:
+        """Return how strictly ``workload`` is gated."""
+        config = self.config
+        return Policy(
+            runtime_margin_fraction=workload.runtime_margin_fraction,
+            accuracy_margin_fraction=workload.accuracy_margin_fraction,
+            speedup_margin_fraction=workload.speedup_margin_fraction,
+            confidence=config.confidence,
+            require_baseline=config.require_baseline,
+            update=config.update,
+            inconclusive=config.inconclusive,
+        )
+
+    def approval(self) -> Approval:
+        """Return who is recording baselines, and how."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        return Approval(who=_user_name(), when=now, why=f"recorded with --gauge-update {self.config.update}")
+
+    def _start_cluster(self) -> SparkCluster:
+        from sparkgauge.cluster.conf import ClusterSpec
+        from sparkgauge.cluster.spark import SparkCluster
+
+        config = self.config
+        spec = ClusterSpec(
+            executors=config.executors,
+            cores_per_executor=config.cores_per_executor,
+            executor_memory_mebibytes=config.executor_memory_mib,
+            python=sys.executable,
+            master=None if config.embedded else config.master,
+            preimport=PREIMPORTS,
+        )
+        cluster = SparkCluster.start(spec, self.progress.message)
+        try:
+            cluster.warm(config.executors)
+        except BaseException:
+            cluster.stop()
+            raise
+        return cluster
+
+    def _job(self, cluster: SparkCluster, workload: Workload, seed: int) -> Job:
+        dataset = self.dataset(workload.data)
+        local = cluster.kind != "external"
+        if not local:
+            self._ship(cluster, dataset)
+        return Job(
+            address=Address("", 0, ""),  # filled in by the round, which opens the channel
+            executors=workload.executors,
+            model=workload.model,
+            device=workload.device,
+            iterations=workload.iterations,
+            epochs=workload.epochs,
+            global_batch=workload.batch_size,
+            test_every=workload.test_every,
+            seed=seed,
+            dataset_folder=str(dataset.folder) if local else "",
+            train_count=dataset.train_count,
+            threads=workload.cores_per_executor,
+            loopback=local,
+            fn=_portable(workload.fn),
+            options=dict(workload.options),
+            injections=self.config.injections,
+        )
+
+    def _ship(self, cluster: SparkCluster, dataset: Dataset) -> None:
+        """Send the prepared files to executors on other machines, once a session."""
+        if dataset.folder not in self._shipped:
+            for file in sorted(dataset.folder.iterdir()):
+                cluster.spark.sparkContext.addFile(str(file))
+            self._shipped.add(dataset.folder)
+
+    def _advertised_host(self, cluster: SparkCluster) -> str:
+        if cluster.kind != "external":
+            return "127.0.0.1"
+        return str(cluster.spark.sparkContext.getConf().get("spark.driver.host"))
+
+    def _clean_up(self, cluster: SparkCluster) -> None:
+        """Rid the cluster of what a failed round left; one that cannot be cleaned is replaced at the next round."""
+        try:
+            cluster.kill_leftover_jobs()
+        except Exception as error:
+            self.progress.message(f"sparkgauge: restarting the cluster, it could not be cleaned: {error}")
+            self.stop()
+
+
+@dataclass
+class TestGauge:
+    """What one test measures with: its trainings, its baseline file, its verdicts."""
+
+    __test__ = False  # not a test class, whatever its name begins with
+
+    session: GaugeSession
+    test_id: str
+    timer: Timer
+    trainings: list[Training] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    _speedups: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    _margins: dict[str, float] = field(default_factory=dict)
+
+    def train(self, keywords: Mapping[str, Any], *, label: str | None = None, where: str = "train(...)") -> Training:
+        """Return a training of the workload that ``keywords`` describe; its rounds are run when first looked at."""
+        __tracebackhide__ = True
+        session = self.session
+        workload = Workload.from_keywords(keywords, session.config, where=where)
+        self._check_installed(workload)
+        training = Training(
+            label=pick_label(label, [one.label for one in self.trainings]),
+            workload=workload,
+            policy=session.policy(workload),
+            max_rounds=max(session.config.max_rounds, workload.rounds),
+            budget=self.trainings[0].budget if self.trainings else Budget(session.config.budget_seconds),
+            settle=self.settle,
+            run_round=session.run_round,
+            describe=self._describe,
+            observer=lambda verdict, samples: self._observe(training.label, verdict, samples),
+        )
+        training.on_extra_round = lambda extra: self.timer.add(training.label, extra)
+        self.trainings.append(training)
+        return training
+
+    def settle(self) -> None:
+        """Run the planned rounds of every training that has none yet, interleaved where there are several."""
+        __tracebackhide__ = True
+        pending = [one for one in self.trainings if not one.rounds]
+        if not pending:
+            return
+        for training in pending:  # before the clock runs: runtimes are those of a warm session
+            self.session.prepare(training.workload)
+        try:
+            if len(pending) == 1:
+                self._run(pending[0], pending[0].workload.rounds, pending[0].workload.warmup_rounds)
+            else:
+                self._interleave(pending)
+        finally:
+            self.session.progress.finish()
+        self.session.runs.extend(self._describe(one) for one in pending)
+
+    @property
+    def baseline(self) -> BaselineView:
+        """Return the stored side of this test's quantities."""
+        return BaselineView(self._quantity, DEFAULT_LABEL)
+
+    def open_verdicts(self) -> str:
+        """Return what was compared without a result (policy ``skip``, or no baseline required); empty without any."""
+        unsettled = [verdict for verdict in self.verdicts if verdict.status in ("missing", "inconclusive")]
+        return "; ".join(f"{verdict.metric} {verdict.status}: {verdict.reason}" for verdict in unsettled)
+
+    def properties(self) -> list[tuple[str, str]]:
+        """Return the verdicts as name and value, for JUnit XML."""
+        return [(f"gauge_{verdict.metric}", summary(verdict)) for verdict in self.verdicts]
+
+    def finish(self, passed: bool) -> None:
+        """Refresh the session's records of this test and, if it passed and was asked to, store its baseline."""
+        runs = [self._describe(one) for one in self.trainings if one.rounds]
+        self.session.runs = [run for run in self.session.runs if run.test_id != self.test_id] + runs
+        for run in runs:
+            self.timer.describe(run, " ".join(sorted({verdict.status for verdict in self.verdicts})) or "not gated")
+        if passed and runs and any(verdict.status == "generated" for verdict in self.verdicts):
+            self._store(runs)
+
+    def _check_installed(self, workload: Workload) -> None:
+        _adapter(workload).check_installed()
+        if workload.device == "gpu":
+            gpu.require(workload.executors)
+
+    def _run(self, training: Training, rounds: int, warmups: int) -> None:
+        __tracebackhide__ = True
+        self.session.progress.start(f"{self.test_id.rpartition('::')[2]} {training.label}", rounds)
+        remaining = warmups
+
+        def take() -> Round:
+            nonlocal remaining
+            __tracebackhide__ = True
+            index = len(training.rounds)
+            taken = self.session.run_round(training.workload, training.next_seed(), index, rounds)
+            if remaining:
+                remaining -= 1
+            else:
+                training.rounds.append(taken)
+            return taken
+
+        training.timed = self.timer(training.label, training.workload, take, rounds, warmups)
+
+    def _interleave(self, pending: list[Training]) -> None:
+        """Take the rounds in turn, every second turn in the opposite order (A B, B A, ...), against drift."""
+        __tracebackhide__ = True
+        turns = max(one.workload.rounds for one in pending)
+        for turn in range(turns):
+            for training in pending if turn % 2 == 0 else reversed(pending):
+                self._run(training, 1, training.workload.warmup_rounds if turn == 0 else 0)
+
+    def _describe(self, training: Training) -> RunRecord:
+        session, workload = self.session, training.workload
+        return RunRecord(
+            test_id=self.test_id,
+            label=training.label,
+            workload=workload.to_dict(),
+            profile=session.config.profile,
+            data=session.dataset(workload.data).identity,
+            environment=session.environment,
+            commit=session.commit,
+            rounds=tuple(training.rounds),
+            injections=dict(session.config.injections),
+        )
+
+    def _quantity(self, metric: str, label: str) -> BaselineQuantity:
+        __tracebackhide__ = True
+        training = next((one for one in self.trainings if one.label == label), None)
+        if training is None and metric != "speedup_ratio":
+            labels = ", ".join(repr(one.label) for one in self.trainings) or "none"
+            raise ConfigurationError("No training with this label", expected=f"one of {labels}", actual=repr(label))
+        path = self._path()
+        stored = self._read(path)
+        why_not = self._why_not(stored)
+        return baseline_quantity(
+            stored,
+            metric,
+            label=DEFAULT_LABEL if metric == "speedup_ratio" else label,
+            file=_shown(path),
+            policy=(training or self.trainings[0]).policy if self.trainings else Policy(),
+            why_not=why_not,
+            observer=lambda verdict, samples: self._observe(label, verdict, samples),
+        )
+
+    def _path(self) -> Path:
+        config, session = self.session.config, self.session
+        return session.store.path_for(
+            self.test_id, hardware_class=session.environment.hardware_class, profile=config.profile
+        )
+
+    def _read(self, path: Path) -> Baseline | None:
+        if self.session.config.update == "all":
+            return None  # about to be replaced, readable or not
+        return self.session.store.read(path)
+
+    def _why_not(self, stored: Baseline | None) -> str | None:
+        if stored is None:
+            return None
+        runs = [self._describe(one) for one in self.trainings]
+        return next((why for run in runs if (why := comparable(stored, run, label=run.label))), None)
+
+    def _observe(self, label: str, verdict: Verdict, samples: Samples) -> None:
+        self.verdicts.append(verdict)
+        # a speed-up belongs to the whole test: it is shown with the training that was asked for last
+        owner = self.trainings[-1].label if verdict.metric == "speedup_ratio" and self.trainings else label
+        self.session.verdicts.append((self.test_id, owner, verdict))
+        if verdict.metric == "speedup_ratio":
+            self._keep_speedup(samples)
+
+    def _keep_speedup(self, samples: Samples) -> None:
+        if self._speedups.setdefault(samples.metric, samples.values)[0] != samples.values[0]:
+            raise ConfigurationError(
+                "Two different speed-ups are gated in one test",
+                expected="one, since a test has one baseline.speedup",
+                where=self.test_id,
+            )
+        self._speedups[samples.metric] = samples.values  # more rounds of the same
+
+    def _store(self, runs: list[RunRecord]) -> None:
+        if self.session.config.injections:
+            raise BaselineError(
+                "Refusing to store a baseline of a run that was slowed down on purpose",
+                actual=f"--gauge-inject {dict(self.session.config.injections)}",
+                hint="Run without --gauge-inject.",
+            )
+        path = self._path()
+        fresh = baseline_of(runs, self.session.approval(), more_samples=self._speedups)
+        stored = self._read(path)
+        self.session.store.write(path, fresh if stored is None else with_missing(stored, fresh))
+        self.session.written.append(path)
+
+
+def _adapter(workload: Workload) -> Any:
+    """Return the launcher module of the workload's framework; importing it imports no framework."""
+    return importlib.import_module(f"{FRAMEWORKS[workload.framework].module}.launch")
+
+
+def _portable(fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Return ``fn`` so that executors can load it although they cannot import the module of a test.
+
+    Functions of installed packages travel by name; those of the user's own test files travel whole.
+    """
+    module = sys.modules.get(getattr(fn, "__module__", "") or "")
+    file = getattr(module, "__file__", None)
+    if module is None or file is None or "site-packages" in Path(file).parts:
+        return fn
+    if module.__name__.partition(".")[0] not in ("__main__", "sparkgauge", *sys.stdlib_module_names):
+        from pyspark import cloudpickle
+
+        cloudpickle.register_pickle_by_value(module)
+    return fn
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no entry for this uid, as in many containers
+        return f"uid {os.getuid()}"
