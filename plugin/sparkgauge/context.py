@@ -71,7 +71,8 @@ class Context:
         self._channel, self._clock = channel, clock
         self._step_images = 0
         self._loss_sum, self._loss_images, self._last_loss = 0.0, 0, math.nan
-        self._steps_done = 0
+        self._step_number = 0
+        self._tested_step = -1
         self._next_progress = 0.0
 
     def total_steps(self, shard: Shard) -> int:
@@ -89,13 +90,13 @@ class Context:
             images, labels = shard.batch(index)
             self._inject("feed", time.monotonic() - began)
             self._step_images = len(labels)
+            self._step_number = index + 1
             self._clock.switch("compute" if index else "warmup")
             body = time.monotonic()
             yield Step(index, images, labels, shard.sampler.global_batch_size(index))
             tested = self._excluded_seconds() - excluded
             self._inject("compute", time.monotonic() - body - tested)
             self.train_images += len(labels)
-            self._steps_done = index + 1
             if index:
                 self.step_seconds.append(time.monotonic() - began - tested)
             self._after_step(index, total)
@@ -115,13 +116,19 @@ class Context:
         Raises FloatingPointError when it is not finite: training on is pointless, and a test must not pass on it.
         """
         if not math.isfinite(loss_sum):
-            raise FloatingPointError(f"the training loss is {loss_sum} at step {self._steps_done}")
+            raise FloatingPointError(f"the training loss is {loss_sum} at step {self._step_number}")
         self._loss_sum += loss_sum
         self._loss_images += self._step_images if images is None else images
 
     def record_test(self, correct: int, tested: int) -> None:
-        """Report that this executor classified ``correct`` of its ``tested`` images of the test set right."""
-        self.test_images = tested
+        """Report that this executor classified ``correct`` of ``tested`` images of the test set right.
+
+        Calls after the same step add up to one test, so a test may be reported batch by batch.
+        """
+        if not 0 <= correct <= tested:
+            raise ValueError(f"record_test: expected 0 <= correct <= tested, got {correct} and {tested}")
+        earlier = self.test_images if self._tested_step == self._step_number else 0
+        self.test_images, self._tested_step = earlier + int(tested), self._step_number
         self._point(correct=int(correct), tested=int(tested))
 
     def _after_step(self, index: int, total: int) -> None:
@@ -131,7 +138,7 @@ class Context:
         if self.rank == 0 and now >= self._next_progress and self.step_seconds:
             self._next_progress = now + PROGRESS_SECONDS
             recent = self.step_seconds[-CURVE_STEPS:]
-            rate = self.global_batch * len(recent) / sum(recent)
+            rate = self.global_batch * len(recent) / max(sum(recent), 1e-9)  # a coarse clock may see no time pass
             self._channel.send(
                 "progress", step=index + 1, total=total, images_per_second=rate, loss=_or_none(self._last_loss)
             )
@@ -140,7 +147,7 @@ class Context:
         if self._loss_images:
             self._last_loss = self._loss_sum / self._loss_images
         elapsed = time.monotonic() - self._channel.driver_start
-        point = {"step": self._steps_done, "loss_sum": self._loss_sum, "images": self._loss_images}
+        point = {"step": self._step_number, "loss_sum": self._loss_sum, "images": self._loss_images}
         self.curve.append({**point, "elapsed_seconds": elapsed, **test})
         self._loss_sum, self._loss_images = 0.0, 0
 

@@ -76,15 +76,19 @@ def _checked(metrics: object) -> dict[str, float]:
         return {}
     if not isinstance(metrics, Mapping):
         raise TypeError(f"fit must return a mapping of metric names to numbers or None, got {type(metrics).__name__}")
-    checked: dict[str, float] = {}
-    for name, value in metrics.items():
-        try:
-            checked[str(name)] = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"metric {name!r} must be a number, got {value!r}") from None
-        if not math.isfinite(checked[str(name)]):
-            raise FloatingPointError(f"metric {name!r} is {value}, not a finite number")
-    return checked
+    return {str(name): _finite(name, value) for name, value in metrics.items()}
+
+
+def _finite(name: object, value: Any) -> float:
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("a text, even where float() could read it")
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"metric {name!r} must be a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise FloatingPointError(f"metric {name!r} is {number}, not a finite number")
+    return number
 
 
 def _await_release(channel: ExecutorChannel) -> None:

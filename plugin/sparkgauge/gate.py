@@ -266,7 +266,9 @@ def baseline_quantity(
     if baseline is not None and why_not is None and key in baseline.samples:
         values = baseline.samples[key]
         seeds = baseline.seeds if len(baseline.seeds) == len(values) else ()
-        samples = _samples(metric, values, seeds, baseline.data.test_count, unit=unit, better=better)
+        # The run's own direction decides; a user's metric needs some direction here only to be stored samples at all.
+        side = better or (None if metric in METRICS else "lower")
+        samples = _samples(metric, values, seeds, baseline.data.test_count, unit=unit, better=side)
         return BaselineQuantity(metric, samples, margin=margin, policy=policy, file=file, observer=observer)
     status: Literal["missing", "not_comparable"] = "missing"
     reason = "there is no baseline file" if baseline is None else f"the baseline file has no {key}"

@@ -34,6 +34,7 @@ class PhaseClock:
 
     def move(self, source: str, target: str, seconds: float) -> None:
         """Reattribute ``seconds`` (known only afterwards, e.g. from timestamps in a compiled step)."""
+        self.switch(self._phase)  # what was spent in the current phase counts too
         seconds = min(max(seconds, 0.0), self._seconds[source])
         self._seconds[source] -= seconds
         self._seconds[target] += seconds

@@ -96,11 +96,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Put the verdicts into the report's properties, from where JUnit XML takes them."""
-    report = yield
+    """Put the verdicts into the item's properties: JUnit XML takes those that the teardown's report still has."""
     if call.when == "call" and (gauge := item.stash.get(TEST, None)) is not None:
-        report.user_properties.extend(gauge.properties())
-    return report
+        item.user_properties.extend(gauge.properties())
+    return (yield)
 
 
 def pytest_assertrepr_compare(left: object, right: object) -> list[str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import queue
 import time
 import uuid
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from sparkgauge.channel import DriverChannel
 from sparkgauge.environment import load_average
-from sparkgauge.errors import GaugeError, TrainingError, TrainingTimeout
+from sparkgauge.errors import ConfigurationError, GaugeError, TrainingError, TrainingTimeout
 from sparkgauge.job import Job, Launched
 from sparkgauge.records import CurvePoint, ExecutorRecord, PhaseSeconds, Round
 
@@ -24,7 +25,10 @@ CANCEL_SECONDS = 8.0
 """Given to a cancelled job to end (Spark kills a busy Python worker 2 s after the task's interruption)."""
 
 PEER_SECONDS = 1.0
-"""After an executor's error the others' are awaited so long: the first to arrive may be only the echo of the cause."""
+"""After an error that looks like an echo the others' are awaited so long: one of them may be the cause."""
+
+ECHOES = ("UnavailableError", "CancelledError", "AbortedError", "DeadlineExceeded", "ConnectionReset", "EOFError")
+"""How an executor's error begins that may have its cause in another executor."""
 
 Message = dict[str, Any]
 
@@ -60,7 +64,9 @@ def run_round(
 
     ``job.address`` is filled in here. Raises TrainingError with the failing executor's traceback within seconds of the
     failure, TrainingTimeout after ``timeout_seconds``; either way the Spark job has been cancelled on return.
+    ConfigurationError where the user's function cannot travel.
     """
+    _check_portable(job)
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
     load = load_average()
     with DriverChannel("127.0.0.1" if job.loopback else "0.0.0.0", advertised_host) as channel:
@@ -76,7 +82,8 @@ def run_round(
             )
             conversation.await_results(spark_job.failed, launched.failure)
             channel.broadcast({"kind": "release"})
-            spark_job.await_end(conversation.deadline)
+            if not spark_job.await_end(conversation.deadline):
+                raise conversation.timeout("the executors' tasks did not end")
         except BaseException:
             spark_job.cancel()
             raise
@@ -102,19 +109,21 @@ class _Conversation:
 
     def pump(self, wait_seconds: float = 0.0) -> None:
         """Handle what has arrived; raises the executors' error or the timeout."""
-        with contextlib.suppress(queue.Empty):
-            self._handle(self._channel.inbox.get(block=wait_seconds > 0, timeout=wait_seconds or None))
-            while True:
-                self._handle(self._channel.inbox.get_nowait())
+        self._receive(wait_seconds)
         if self._errors:
+            self._await_cause()
             raise self._executor_error()
         if time.monotonic() > self.deadline:
-            raise TrainingTimeout(
-                "A training round was cancelled",
-                expected=f"at most {self._timeout_seconds:g} s",
-                actual=f"no result from executor {self._missing()} by then",
-                hint="Raise --gauge-timeout if it is only slow; the executors' last words are in the log",
-            )
+            raise self.timeout(f"no result from executor {self._missing()} by then")
+
+    def timeout(self, actual: str) -> TrainingTimeout:
+        """Return the error of a round that took too long."""
+        return TrainingTimeout(
+            "A training round was cancelled",
+            expected=f"at most {self._timeout_seconds:g} s",
+            actual=actual,
+            hint="Raise --gauge-timeout if it is only slow; the executors' last words are in the log",
+        )
 
     def await_results(self, failed: Callable[[], bool], reason: Callable[[], str | None]) -> None:
         """Return when every executor has sent its result; raises when the Spark job has ``failed`` before."""
@@ -157,6 +166,12 @@ class _Conversation:
             cpu_seconds=result["cpu_seconds"],
         )
 
+    def _receive(self, wait_seconds: float) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._handle(self._channel.inbox.get(block=wait_seconds > 0, timeout=wait_seconds or None))
+            while True:
+                self._handle(self._channel.inbox.get_nowait())
+
     def _handle(self, message: Message) -> None:
         kind, rank = message["kind"], int(message["rank"])
         if kind == "hello":
@@ -172,13 +187,25 @@ class _Conversation:
         elif kind == "gone" and rank not in self._results:
             self._gone[rank] = str(message["why"])
 
+    def _await_cause(self) -> None:
+        """Listen a moment longer while all that was said may come from survivors of what went wrong elsewhere."""
+        until = time.monotonic() + PEER_SECONDS
+        while self._job.executors > 1 and all(map(_is_echo, self._errors)) and time.monotonic() < until:
+            self._receive(POLL_SECONDS)
+
+    def _lost(self) -> list[int]:
+        """Return the executors that left without a result and without an error of their own."""
+        return sorted(self._gone.keys() - {int(error["rank"]) for error in self._errors})
+
     def _collect_late_errors(self) -> None:
         until = time.monotonic() + PEER_SECONDS
         while time.monotonic() < until:
             self.pump(POLL_SECONDS)
 
     def _executor_error(self) -> GaugeError:
-        cause = _root_cause(self._errors)
+        cause = next((error for error in self._errors if not _is_echo(error)), self._errors[0])
+        if _is_echo(cause) and self._lost():
+            return self._spark_error(f"Executor {cause['rank']} noticed it:\n{cause['traceback']}")
         rank = int(cause["rank"])
         return TrainingError(
             f"Training failed on executor {rank} ({self._hosts.get(rank, 'unknown host')}): {cause['summary']}",
@@ -187,8 +214,7 @@ class _Conversation:
         )
 
     def _spark_error(self, failure: str) -> GaugeError:
-        lost = sorted(self._gone)
-        if lost:
+        if lost := self._lost():
             return TrainingError(
                 f"Executor {lost[0]} ({self._hosts.get(lost[0], 'unknown host')}) was lost during training",
                 executor=lost[0],
@@ -214,10 +240,13 @@ class _SparkJob:
         """Return whether a job of the group has failed."""
         return "FAILED" in self._statuses()
 
-    def await_end(self, deadline: float) -> None:
-        """Block until no job of the group is running, so that the next round finds free slots."""
-        while "RUNNING" in self._statuses() and time.monotonic() < deadline:
+    def await_end(self, deadline: float) -> bool:
+        """Return whether no job of the group is running any more by ``deadline``, so that the next finds free slots."""
+        while running := "RUNNING" in self._statuses():
+            if time.monotonic() > deadline:
+                break
             time.sleep(POLL_SECONDS / 5)
+        return not running
 
     def cancel(self) -> None:
         """Cancel the job and wait for its tasks to end."""
@@ -230,11 +259,27 @@ class _SparkJob:
         return [str(info.status) for info in infos if info is not None]
 
 
-def _root_cause(errors: list[Message]) -> Message:
-    """Return the error that is least likely the echo of another executor's: collectives break in the survivors."""
-    echoes = ("UnavailableError", "CancelledError", "AbortedError", "DeadlineExceeded", "ConnectionReset", "EOFError")
-    first = [error for error in errors if not str(error["summary"]).startswith(echoes)]
-    return (first or errors)[0]
+def _check_portable(job: Job) -> None:
+    """Raise ConfigurationError where the user's function cannot be pickled: TensorFlowOnSpark would hide the reason."""
+    if job.fn is None:
+        return
+    from pyspark import cloudpickle
+
+    try:
+        cloudpickle.dumps(job.fn)
+    except Exception as error:
+        raise ConfigurationError(
+            "The training function cannot be sent to the executors",
+            expected="a function that pickles, with all it refers to",
+            actual=f"{type(error).__name__}: {error}",
+            where=f"fn={getattr(job.fn, '__qualname__', job.fn)}",
+            hint="Make sessions, locks, open files and models inside the function",
+        ) from None
+
+
+def _is_echo(error: Message) -> bool:
+    """Return whether ``error`` may come from an executor whose peer went away: collectives break in the survivors."""
+    return str(error["summary"]).startswith(ECHOES)
 
 
 def _first_cause(failure: str) -> str:
@@ -253,32 +298,46 @@ def _throughput(job: Job, executors: tuple[ExecutorRecord, ...]) -> float:
 
 def _final_accuracy(curve: tuple[CurvePoint, ...], metrics: Mapping[str, float], model: str) -> float:
     tested = [point.accuracy_fraction for point in curve if point.accuracy_fraction is not None]
-    if tested:
-        return tested[-1]
-    if "accuracy_fraction" in metrics:
-        return metrics["accuracy_fraction"]
-    raise TrainingError(
-        f"The training function of {model!r} reported no accuracy",
-        expected="context.record_test(correct, tested) on every executor, or a metric named accuracy_fraction",
-        actual=f"metrics {sorted(metrics) or 'none'}",
-    )
+    accuracy = tested[-1] if tested else metrics.get("accuracy_fraction")
+    if accuracy is None:
+        raise TrainingError(
+            f"The training function of {model!r} reported no accuracy",
+            expected="context.record_test(correct, tested) on every executor, or a metric named accuracy_fraction",
+            actual=f"metrics {sorted(metrics) or 'none'}",
+        )
+    if not 0.0 <= accuracy <= 1.0:
+        raise TrainingError(
+            f"The training function of {model!r} reported an impossible accuracy",
+            expected="a fraction from 0 to 1",
+            actual=f"{accuracy:g}",
+        )
+    return accuracy
 
 
 def _curve(parts: list[list[Message]], job: Job) -> tuple[CurvePoint, ...]:
-    """Return the points of all executors merged by position; counts and losses are summed over the executors."""
+    """Return one point for every step at which an executor kept one; counts and losses are summed over executors."""
+    by_step: dict[int, list[Message]] = {}
+    for point in itertools.chain.from_iterable(parts):
+        by_step.setdefault(point["step"], []).append(point)
     points: list[CurvePoint] = []
-    for group in zip(*parts, strict=True):  # every executor keeps points at the same steps
+    for step, group in sorted(by_step.items()):
         images, tested = sum(p["images"] for p in group), sum(p.get("tested", 0) for p in group)
         if not images and not tested:
             continue
         previous = points[-1].train_loss if points else 0.0
         points.append(
             CurvePoint(
-                step=group[0]["step"],
-                epoch=group[0]["step"] * job.global_batch / job.train_count,
+                step=step,
+                epoch=_epochs(step, job),
                 train_loss=sum(p["loss_sum"] for p in group) / images if images else previous,
                 accuracy_fraction=sum(p.get("correct", 0) for p in group) / tested if tested else None,
                 elapsed_seconds=max(p["elapsed_seconds"] for p in group),
             )
         )
     return tuple(points)
+
+
+def _epochs(step: int, job: Job) -> float:
+    """Return the epochs after ``step`` steps; the last batch of an epoch may be smaller than the others."""
+    whole, rest = divmod(step, -(-job.train_count // job.global_batch))
+    return whole + rest * job.global_batch / job.train_count

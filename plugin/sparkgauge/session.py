@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import getpass
 import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkgauge import environment, gpu
@@ -19,7 +21,16 @@ from sparkgauge.config import GaugeConfig
 from sparkgauge.errors import BaselineError, ConfigurationError
 from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, summary
 from sparkgauge.job import Job
-from sparkgauge.records import Approval, Baseline, Environment, Round, RunRecord, Verdict
+from sparkgauge.records import (
+    Approval,
+    Baseline,
+    Environment,
+    Round,
+    RunRecord,
+    Verdict,
+    from_json,
+    to_json,
+)
 from sparkgauge.report.progress import Progress
 from sparkgauge.store import DEFAULT_LABEL, BaselineStore, baseline_of, comparable, with_missing
 from sparkgauge.training import BaselineView, Budget, Training, pick_label
@@ -68,10 +79,18 @@ class GaugeSession:
         self._cluster: SparkCluster | None = None
         self._datasets: dict[str | None, Dataset] = {}
         self._shipped: set[Path] = set()
+        self._warm_executors: set[str] = set()
 
     @cached_property
     def environment(self) -> Environment:
-        """Return what this session runs on."""
+        """Return what trainings run on: this machine, or the executors' where an existing cluster trains."""
+        if self.config.embedded or str(self.config.master).startswith("local-cluster"):
+            return self.driver_environment
+        return self._executors_environment()
+
+    @cached_property
+    def driver_environment(self) -> Environment:
+        """Return what this process runs on."""
         from sparkgauge.cluster.java import find_java
 
         java = find_java(os.environ)
@@ -104,13 +123,14 @@ class GaugeSession:
         if self._cluster is None:
             self._cluster = self._start_cluster()
         self._cluster.ensure_alive()
+        self._warm(self._cluster)
         return self._cluster
 
     def stop(self) -> None:
         """Stop the cluster if one was started."""
         if self._cluster is not None:
             self._cluster.stop()
-            self._cluster = None
+            self._cluster, self._warm_executors = None, set()
 
     def prepare(self, workload: Workload) -> None:
         """Start the cluster, prepare the data and load the adapter, where that has not been done."""
@@ -160,6 +180,18 @@ class GaugeSession:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return Approval(who=_user_name(), when=now, why=f"recorded with --gauge-update {self.config.update}")
 
+    def _executors_environment(self) -> Environment:
+        """Return what the executors run on; different machines make one class of their own."""
+        cluster, count = self.cluster(), self.config.executors
+        captured = cluster.spark.sparkContext.parallelize(range(count), count).map(_capture_there).collect()
+        found = [from_json(Environment, one, "an executor's environment") for one in captured]
+        classes = sorted({one.hardware_class for one in found})
+        scheme = str(self.config.master).partition(":")[0]
+        java = self.driver_environment.software.get("java", "")
+        return replace(
+            found[0], hardware_class="-and-".join([*classes, scheme]), software={**found[0].software, "java": java}
+        )
+
     def _start_cluster(self) -> SparkCluster:
         from sparkgauge.cluster.conf import ClusterSpec
         from sparkgauge.cluster.spark import SparkCluster
@@ -175,11 +207,18 @@ class GaugeSession:
         )
         cluster = SparkCluster.start(spec, self.progress.message)
         try:
-            cluster.warm(config.executors)
+            self._warm(cluster)
         except BaseException:
             cluster.stop()
             raise
         return cluster
+
+    def _warm(self, cluster: SparkCluster) -> None:
+        """Let executors that are new import their frameworks now: no round is to be charged with it."""
+        present = {executor.id for executor in cluster.executors}
+        if present != self._warm_executors:
+            cluster.warm(self.config.executors)
+            self._warm_executors = present
 
     def _job(self, cluster: SparkCluster, workload: Workload, seed: int) -> Job:
         dataset = self.dataset(workload.data)
@@ -413,6 +452,11 @@ class TestGauge:
         self.session.written.append(path)
 
 
+def _capture_there(index: int) -> Any:
+    """Return the environment of the executor that runs this, JSON-ready."""
+    return to_json(environment.capture(os.environ, gpus=[one.name for one in gpu.detect()]))
+
+
 def _adapter(workload: Workload) -> Any:
     """Return the launcher module of the workload's framework; importing it imports no framework."""
     return importlib.import_module(f"{FRAMEWORKS[workload.framework].module}.launch")
@@ -421,17 +465,43 @@ def _adapter(workload: Workload) -> Any:
 def _portable(fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """Return ``fn`` so that executors can load it although they cannot import the module of a test.
 
-    Functions of installed packages travel by name; those of the user's own test files travel whole.
+    Functions of installed packages travel by name; the user's own files, and those that they import, travel whole.
     """
-    module = sys.modules.get(getattr(fn, "__module__", "") or "")
-    file = getattr(module, "__file__", None)
-    if module is None or file is None or "site-packages" in Path(file).parts:
-        return fn
-    if module.__name__.partition(".")[0] not in ("__main__", "sparkgauge", *sys.stdlib_module_names):
+    found: dict[str, ModuleType] = {}
+    waiting = [_home(fn)]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module.__name__ not in found and _travels(module):
+            found[module.__name__] = module
+            waiting += [_home(value) for value in vars(module).values()]
+    if found:
         from pyspark import cloudpickle
 
-        cloudpickle.register_pickle_by_value(module)
+        for module in found.values():
+            cloudpickle.register_pickle_by_value(module)
     return fn
+
+
+def _home(value: object) -> ModuleType | None:
+    """Return the module that ``value``, a module or something that can be called, is or comes from; None otherwise."""
+    if isinstance(value, ModuleType):
+        return value
+    if isinstance(value, functools.partial):
+        return _home(value.func)
+    if isinstance(value, MethodType):
+        return _home(type(value.__self__))
+    if not isinstance(value, (FunctionType, type)) and callable(value):
+        value = type(value)
+    return sys.modules.get(value.__module__ or "") if isinstance(value, (FunctionType, type)) else None
+
+
+def _travels(module: ModuleType) -> bool:
+    """Return whether ``module`` is a file of the user's own, which executors may be unable to import."""
+    file = getattr(module, "__file__", None)
+    if file is None or not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts):
+        return False
+    known = module.__name__ in sys.modules  # cloudpickle's condition
+    return known and module.__name__.partition(".")[0] not in ("__main__", "sparkgauge", *sys.stdlib_module_names)
 
 
 def _shown(path: Path) -> str:

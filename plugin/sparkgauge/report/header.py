@@ -15,7 +15,7 @@ def header_lines(session: GaugeSession, *, has_other_spark_fixtures: bool) -> li
     lines = [
         f"sparkgauge: profile {config.profile}, {config.master or 'embedded'} cluster, {size}, "
         f"baselines in {config.baselines_folder}",
-        f"sparkgauge: {environment.describe(session.environment)}",
+        f"sparkgauge: {environment.describe(session.driver_environment)}",
         f"sparkgauge: data {identity.name} ({identity.kind}), {identity.train_count} + {identity.test_count} images, "
         f"{identity.digest[:12]}",
     ]

@@ -11,12 +11,18 @@ class UncapturedStream:
 
     def __init__(self, config: Any) -> None:
         """Write where ``config`` (a ``pytest.Config``) writes its report."""
-        self._file = config.get_terminal_writer()._file
+        self._writer = config.get_terminal_writer()
+        self._file = self._writer._file
+        self._left_at = 0
+        """Columns of pytest's own unfinished line when it was left for a line of ours."""
         self._capture = config.pluginmanager.getplugin("capturemanager")
 
     def write(self, text: str) -> None:
         """Write ``text`` to the terminal."""
         with self._uncaptured():
+            if not self.isatty() and self._writer.width_of_current_line not in (0, self._left_at):
+                self._left_at = self._writer.width_of_current_line
+                self._file.write("\n")
             self._file.write(text)
             self._file.flush()
 

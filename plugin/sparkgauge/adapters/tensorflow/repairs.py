@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ from sparkgauge.errors import TrainingError
 
 POLL_SECONDS = 0.02
 """Between two looks at the reservations; the package sleeps whole seconds."""
+
+LONGEST_SOCKET_PATH = 100
+"""Bytes of a Unix socket's path: Linux takes 107, macOS 103, and what exceeds it kills the manager without a word."""
 
 
 @contextlib.contextmanager
@@ -83,16 +87,18 @@ def _server_class(base: Any, check: Callable[[], None], loopback: bool) -> Any:
                 socket.create_server(("127.0.0.1", 0), backlog=64) if loopback else self.start_listening_socket()
             )
             threading.Thread(target=self._serve, name="sparkgauge-reservations", daemon=True).start()
-            return (self.get_server_ip(), self._listener.getsockname()[1])
+            # get_server_ip() obeys TFOS_SERVER_HOST, which knows nothing of where this one listens
+            return ("127.0.0.1" if loopback else self.get_server_ip(), self._listener.getsockname()[1])
 
         def await_reservations(self, sc: Any, status: dict[str, str] | None = None, timeout: float = 600) -> Any:
-            while not self.reservations.done():
-                check()
-                if status and "error" in status:
-                    raise TrainingError(
-                        "An executor failed before TensorFlow's cluster was formed", traceback_text=status["error"]
-                    )
-                time.sleep(POLL_SECONDS)
+            try:
+                while not self.reservations.done():
+                    check()
+                    _raise_failure(status)
+                    time.sleep(POLL_SECONDS)
+            except BaseException:
+                self.stop()  # TFCluster.run, which made this server, does not
+                raise
             return self.reservations.get()
 
         def stop(self) -> None:
@@ -113,6 +119,11 @@ def _server_class(base: Any, check: Callable[[], None], loopback: bool) -> Any:
                     self._handle_message(node, self.receive(node))
 
     return Server
+
+
+def _raise_failure(status: dict[str, str] | None) -> None:
+    if status and "error" in status:
+        raise TrainingError("An executor failed before TensorFlow's cluster was formed", traceback_text=status["error"])
 
 
 def _task_maker(original: Callable[..., Any], job_group: str, loopback: bool) -> Callable[..., Any]:
@@ -157,12 +168,21 @@ def _await_reservations(self: Any) -> Any:
 
 def _mortal_manager(base: Any) -> Any:
     class Manager(base):  # type: ignore[misc]
-        """A manager whose process dies with the task, however the task ends."""
+        """A manager whose process dies with the task, however the task ends, at an address that always fits."""
+
+        def __init__(self, address: Any = None, **keywords: Any) -> None:
+            super().__init__(address or _manager_address(), **keywords)
 
         def start(self, initializer: Any = None, initargs: Any = ()) -> None:
             super().start(initializer=die_with_parent)
 
     return Manager
+
+
+def _manager_address() -> tuple[str, int] | None:
+    """Return None for a socket in the temporary folder, as usual, or loopback where that path would be too long."""
+    length = len(os.fsencode(tempfile.gettempdir())) + len("/pymp-12345678/listener-12345678")
+    return ("127.0.0.1", 0) if length > LONGEST_SOCKET_PATH else None
 
 
 def die_with_parent() -> None:

@@ -51,10 +51,10 @@ class _Trainer:
 
     def step(self, step: Step) -> None:
         """Run one training step on this executor's part of the global batch."""
-        images, jitter = self._augmented(step)
+        images, labels, jitter, weight = self._inputs(step)
         rate = np.float32(self._recipe.learning_rate(step.index))
         batch = np.float32(step.global_batch)
-        loss_sum, sync_seconds = self._step(images, step.labels, jitter, batch, rate, np.float32(step.index))
+        loss_sum, sync_seconds = self._step(images, labels, jitter, weight, batch, rate, np.float32(step.index))
         self._context.record_loss(float(loss_sum))
         if step.index:
             self._context.move("compute", "sync", float(sync_seconds))
@@ -75,10 +75,27 @@ class _Trainer:
             tf.TensorSpec((None, size, size, 3), tf.uint8),
             tf.TensorSpec((None,), tf.uint8),
             tf.TensorSpec((None, 2), tf.float32),  # brightness delta, contrast factor
-            scalar,
-            scalar,
-            scalar,
+            scalar,  # weight of these images in the loss
+            scalar,  # images of the global batch
+            scalar,  # learning rate
+            scalar,  # index of the step
         ]
+
+    def _inputs(self, step: Step) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32], np.float32]:
+        """Return images, labels, jitter and weight: one black image of weight 0 where this executor has none.
+
+        That happens in a last batch smaller than the number of executors: the peers wait in the all-reduce, and
+        oneDNN's fused convolution refuses an empty batch.
+        """
+        images, jitter = self._augmented(step)
+        if len(images):
+            return images, step.labels, jitter, np.float32(1)
+        return (
+            np.zeros((1, *images.shape[1:]), np.uint8),
+            np.zeros(1, np.uint8),
+            np.zeros((1, 2), np.float32),
+            np.float32(0),
+        )
 
     def _augmented(self, step: Step) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Return the network's input images and their brightness and contrast, the same at any executor count."""
@@ -90,15 +107,17 @@ class _Trainer:
         images = crop_flip(step.images, size=size, offsets=own.offsets, flips=own.flips)
         return images, np.stack([own.brightness, own.contrast], axis=1)
 
-    def _distributed_step(self, images: Any, labels: Any, jitter: Any, batch: Any, rate: Any, index: Any) -> Any:
-        return self._context.handle.run(self._replica_step, (images, labels, jitter, batch, rate, index))
+    def _distributed_step(self, *inputs: Any) -> Any:
+        return self._context.handle.run(self._replica_step, inputs)
 
-    def _replica_step(self, images: Any, labels: Any, jitter: Any, batch: Any, rate: Any, index: Any) -> Any:
+    def _replica_step(
+        self, images: Any, labels: Any, jitter: Any, weight: Any, batch: Any, rate: Any, index: Any
+    ) -> Any:
         weights = self._network.weights()
         with tf.GradientTape() as tape:
             logits = self._network.logits(self._input(images, jitter), weights)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(labels, tf.int32), logits)
-            loss_sum = tf.reduce_sum(losses)
+            loss_sum = weight * tf.reduce_sum(losses)
         gradients = tape.gradient(loss_sum, weights)
         with tf.control_dependencies(gradients):
             computed_at = tf.timestamp()
@@ -156,8 +175,9 @@ class _Averages:
         self.shadows = [tf.Variable(tf.identity(weight)) for weight in self._weights]
 
     def update(self, index: Any) -> None:
-        """Move every average towards its weight after step ``index``."""
-        decay = tf.minimum(AVERAGE_DECAY, (1.0 + index) / (10.0 + index))
+        """Move every average towards its weight after step ``index`` (0-based)."""
+        updates = index + 1.0
+        decay = tf.minimum(AVERAGE_DECAY, (1.0 + updates) / (10.0 + updates))
         for shadow, weight in zip(self.shadows, self._weights, strict=True):
             shadow.assign_sub((1.0 - decay) * (shadow - weight))
 
