@@ -112,7 +112,7 @@ def usable_cores(root: Path = _ROOT) -> int:
     """Return the logical processors this process may use: affinity and cgroup quota counted, at least 1."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quotas = [quota for folder in _cgroup_folders("cpu", root) if (quota := _cpu_quota(folder)) is not None]
+    quotas = [quota for folder in cgroup_folders("cpu", root) if (quota := _cpu_quota(folder)) is not None]
     return max(1, math.floor(min([cores, *quotas])))
 
 
@@ -129,7 +129,7 @@ def _cpu_quota(folder: Path) -> float | None:
 def memory_bytes(root: Path = _ROOT) -> int:
     """Return the memory this process may use: the machine's or its cgroup's limit; 0 where nothing tells it."""
     limits = [_machine_memory_bytes(root)]
-    for folder in _cgroup_folders("memory", root):
+    for folder in cgroup_folders("memory", root):
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = _read(folder / name).strip()
             if text.isdecimal() and 0 < int(text) < _UNLIMITED_BYTES:
@@ -144,7 +144,7 @@ def _machine_memory_bytes(root: Path) -> int:
     return int(text) if text and text.isdecimal() else 0
 
 
-def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
+def cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
     """Yield this process's cgroup folders and their ancestors, of version 2 and of ``controller`` in version 1.
 
     The limit in force is the least of them all. In a container the group's own folder is often not mounted;

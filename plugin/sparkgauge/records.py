@@ -161,6 +161,22 @@ class Approval:
 
 
 @dataclass(frozen=True)
+class PastBaseline:
+    """An earlier generation of a baseline of the same test, profile and hardware class."""
+
+    approved: Approval
+    commit: str
+    workload: dict[str, Any]
+    """Generations of other work or other data are no part of one history."""
+    data: DataIdentity
+    software: dict[str, str]
+    """Versions by name, as in :class:`Environment`."""
+    seeds: tuple[int, ...]
+    samples: dict[str, tuple[float, ...]]
+    """Raw samples, under the keys of :attr:`Baseline.samples`."""
+
+
+@dataclass(frozen=True)
 class Baseline:
     """The stored raw samples that later runs of one test are compared with."""
 
@@ -176,6 +192,8 @@ class Baseline:
     samples: dict[str, tuple[float, ...]]
     """Raw samples by metric name with its unit: ``runtime_seconds``, ``accuracy_fraction``, ``speedup_ratio``,
     ``launch_seconds``, ..."""
+    history: tuple[PastBaseline, ...] = ()
+    """What this one replaced, oldest first."""
     schema: int = SCHEMA_VERSION
 
 

@@ -27,6 +27,7 @@ from sparkgauge.records import (
     Baseline,
     DataIdentity,
     Environment,
+    PastBaseline,
     Round,
     RunRecord,
     from_json,
@@ -38,6 +39,9 @@ LARGEST_BYTES = 10_000_000
 
 DEEPEST_NESTING = 32
 """Levels of lists and objects; a baseline has four, its workload a few more."""
+
+LONGEST_HISTORY = 50
+"""Generations kept beside the current one: years of approvals, some ten kB each."""
 
 LONGEST_SLUG = 100
 """Characters of a test's name kept in its file name; file systems allow 255 bytes with everything added."""
@@ -53,6 +57,8 @@ POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio")
 
 PLAIN_TEST = re.compile(r"([a-z0-9_]+(?:/[a-z0-9_]+)*)\.py::([a-z0-9_]+)(?:\[([a-z0-9_-]+)\])?")
 """Test ids that turn into a file name reversibly; others get a digest in theirs."""
+
+_RESTORE = "Restore the file from version control, or measure it again with --gauge-update all."
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -102,9 +108,20 @@ class BaselineStore:
         return None if content is None else parse(content, where=str(path))
 
     def write(self, path: Path, baseline: Baseline) -> None:
-        """Write ``baseline`` to ``path`` whole or not at all; BaselineError says why not."""
+        """Write ``baseline`` to ``path`` whole or not at all; BaselineError says why not.
+
+        What could not be read again is refused; a history that is too large for that loses its oldest generations.
+        """
         _check_samples(baseline, str(path))
-        write_json(path, to_json(dataclasses.replace(baseline, samples=dict(sorted(baseline.samples.items())))))
+        baseline = dataclasses.replace(baseline, samples=dict(sorted(baseline.samples.items())))
+        content = _encoded(path, to_json(baseline), what="baseline")
+        while baseline.history and len(content) > LARGEST_BYTES:
+            baseline = dataclasses.replace(baseline, history=baseline.history[1 + len(baseline.history) // 2 :])
+            content = _encoded(path, to_json(baseline), what="baseline")
+        if len(content) > LARGEST_BYTES or not _nested_at_most(to_json(baseline), DEEPEST_NESTING):
+            expected = f"at most {LARGEST_BYTES} bytes and {DEEPEST_NESTING} levels of nesting"
+            raise BaselineError("Cannot write the baseline", expected=expected, actual="more", where=str(path))
+        _write_bytes(path, content, what="baseline")
 
 
 def sample_key(label: str, metric: str) -> str:
@@ -166,6 +183,44 @@ def with_missing(stored: Baseline, fresh: Baseline) -> Baseline:
     )
 
 
+def superseding(stored: Baseline | None, fresh: Baseline) -> Baseline:
+    """Return ``fresh`` as the next generation of ``stored``, which becomes the last entry of its history."""
+    if stored is None:
+        return fresh
+    past = PastBaseline(
+        approved=stored.approved,
+        commit=stored.commit,
+        workload=stored.workload,
+        data=stored.data,
+        software=stored.environment.software,
+        seeds=stored.seeds,
+        samples=dict(sorted(stored.samples.items())),
+    )
+    return dataclasses.replace(fresh, history=(*stored.history, past)[-LONGEST_HISTORY:])
+
+
+def generations(baseline: Baseline) -> list[Baseline]:
+    """Return the baseline as it was at each approval, oldest first, without their histories; the last is current.
+
+    Of an earlier generation's machine only the software is known to have been different.
+    """
+    past = [
+        dataclasses.replace(
+            baseline,
+            approved=one.approved,
+            commit=one.commit,
+            workload=one.workload,
+            data=one.data,
+            environment=dataclasses.replace(baseline.environment, software=one.software),
+            seeds=one.seeds,
+            samples=one.samples,
+            history=(),
+        )
+        for one in baseline.history
+    ]
+    return [*past, dataclasses.replace(baseline, history=())]
+
+
 def slug(test_id: str) -> str:
     """Return a file name's stem for a test: readable, safe on every file system, different for different tests.
 
@@ -184,7 +239,7 @@ def slug(test_id: str) -> str:
 
 def parse(content: bytes, *, where: str) -> Baseline:
     """Return the baseline in ``content``; BaselineError names ``where`` and the field for any bytes that are none."""
-    value = _parse_json(content, where)
+    value = parse_json(content, where=where)
     _check_schema(value, where)
     try:
         baseline = from_json(Baseline, value, "baseline")
@@ -212,14 +267,28 @@ def write_json(path: Path, value: Any, *, what: str = "baseline") -> None:
 
     Raises BaselineError where the folder or the disk does not take it.
     """
+    _write_bytes(path, _encoded(path, value, what=what), what=what)
+
+
+def _encoded(path: Path, value: Any, *, what: str) -> bytes:
     try:
-        content = (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("ascii")
+        return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("ascii")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _unwritable(path, what, error) from error
+
+
+def _write_bytes(path: Path, content: bytes, *, what: str) -> None:
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, content)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        hint = "Free space or choose a folder that can be written; the old file, if any, is unchanged."
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BaselineError(f"Cannot write the {what}", actual=reason, where=str(path), hint=hint) from error
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, what, error) from error
+
+
+def _unwritable(path: Path, what: str, error: Exception) -> BaselineError:
+    hint = "Free space or choose a folder that can be written; the old file, if any, is unchanged."
+    reason = getattr(error, "strerror", None) or str(error)
+    return BaselineError(f"Cannot write the {what}", actual=reason, where=str(path), hint=hint)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -251,9 +320,17 @@ def _read_bytes(path: Path) -> bytes | None:
         raise _unreadable(str(path), actual=getattr(error, "strerror", None) or str(error)) from error
 
 
-def _parse_json(content: bytes, where: str) -> Any:
-    if len(content) > LARGEST_BYTES:
-        raise _unreadable(where, expected=f"at most {LARGEST_BYTES} bytes", actual=f"{len(content)} bytes")
+def parse_json(
+    content: bytes, *, where: str, what: str = "baseline", most_bytes: int = LARGEST_BYTES, hint: str | None = None
+) -> Any:
+    """Return the JSON in ``content``; BaselineError for what is none, ambiguous, not finite, too large or too deep."""
+
+    def refuse(expected: str, actual: str) -> BaselineError:
+        where_to_get_it = _RESTORE if hint is None else hint
+        return BaselineError(f"Unreadable {what}", expected=expected, actual=actual, where=where, hint=where_to_get_it)
+
+    if len(content) > most_bytes:
+        raise refuse(f"at most {most_bytes} bytes", f"{len(content)} bytes")
     try:
         value = json.loads(
             content.decode("utf-8"),
@@ -262,11 +339,11 @@ def _parse_json(content: bytes, where: str) -> Any:
             parse_float=_finite_float,
         )
     except RecursionError as error:
-        raise _unreadable(where, expected="a baseline", actual="JSON nested too deeply") from error
+        raise refuse(f"a {what}", "JSON nested too deeply") from error
     except ValueError as error:
-        raise _unreadable(where, expected="JSON in UTF-8", actual=str(error)[:120]) from error
+        raise refuse("JSON in UTF-8", str(error)[:120]) from error
     if not _nested_at_most(value, DEEPEST_NESTING):
-        raise _unreadable(where, expected="a baseline", actual="JSON nested too deeply")
+        raise refuse(f"a {what}", "JSON nested too deeply")
     return value
 
 
@@ -314,16 +391,21 @@ def _check_schema(value: Any, where: str) -> None:
 
 def _check_samples(baseline: Baseline, where: str) -> None:
     """Refuse samples that no verdict may rest on; field types were checked by ``from_json``."""
-    if not baseline.samples:
-        raise _unreadable(where, expected="samples", actual="none", field="baseline.samples")
-    for key, values in baseline.samples.items():
-        field = f"baseline.samples.{key}"
-        if not values:
-            raise _unreadable(where, expected="samples", actual="an empty list", field=field)
-        low, high, expected = _allowed(key.rpartition(".")[2])
-        bad = next((value for value in values if not (math.isfinite(value) and low <= value <= high)), None)
-        if bad is not None:
-            raise _unreadable(where, expected=expected, actual=str(bad), field=field)
+    generation_samples = [(f"baseline.history[{i}].samples", past.samples) for i, past in enumerate(baseline.history)]
+    for field, samples in (("baseline.samples", baseline.samples), *generation_samples):
+        if not samples:
+            raise _unreadable(where, expected="samples", actual="none", field=field)
+        for key, values in samples.items():
+            _check_values(key, values, where, f"{field}.{key}")
+
+
+def _check_values(key: str, values: tuple[float, ...], where: str, field: str) -> None:
+    if not values:
+        raise _unreadable(where, expected="samples", actual="an empty list", field=field)
+    low, high, expected = _allowed(key.rpartition(".")[2])
+    bad = next((value for value in values if not (math.isfinite(value) and low <= value <= high)), None)
+    if bad is not None:
+        raise _unreadable(where, expected=expected, actual=str(bad), field=field)
 
 
 def _allowed(metric: str) -> tuple[float, float, str]:
@@ -343,7 +425,7 @@ def _unreadable(
         expected=expected,
         actual=actual,
         where=f"{path}, field {field}" if field else path,
-        hint="Restore the file from version control, or measure it again with --gauge-update all.",
+        hint=_RESTORE,
     )
 
 

@@ -19,14 +19,18 @@ REPORT_SCHEMA_VERSION = 1
 
 
 def write_run_report(
-    path: Path, runs: Sequence[RunRecord], verdicts: Sequence[tuple[str, str, Verdict]], header: Mapping[str, Any]
+    path: Path,
+    runs: Sequence[RunRecord],
+    verdicts: Sequence[tuple[str, str, Verdict]],
+    header: Mapping[str, Any],
+    **more: Mapping[str, Any],
 ) -> None:
-    """Write ``runs``, ``verdicts`` (test id, label, verdict) and ``header`` to ``path``, or raise BaselineError.
+    """Write ``runs``, ``verdicts`` (test id, label, verdict), ``header`` and ``more``, or raise BaselineError.
 
     The file is written whole or not at all. Numbers that are not finite become null, because JSON has none and a
     report of a failed run must still be written.
     """
-    write_json(path, report_of(runs, verdicts, header), what="run report")
+    write_json(path, report_of(runs, verdicts, header, **more), what="run report")
 
 
 def write_session_report(path: Path, session: GaugeSession) -> None:
@@ -40,15 +44,31 @@ def write_session_report(path: Path, session: GaugeSession) -> None:
         "environment": session.environment,
         "injections": dict(config.injections),
     }
-    write_run_report(path, session.runs, session.verdicts, header)
+    more: dict[str, Mapping[str, Any]] = {"outcomes": session.outcomes, "speedups": session.speedups}
+    if session.opponent is not None:
+        more["against"] = session.opponent.report()
+    write_run_report(path, session.runs, session.verdicts, header, **more)
 
 
 def report_of(
-    runs: Sequence[RunRecord], verdicts: Sequence[tuple[str, str, Verdict]], header: Mapping[str, Any]
+    runs: Sequence[RunRecord],
+    verdicts: Sequence[tuple[str, str, Verdict]],
+    header: Mapping[str, Any],
+    **more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the report as JSON-ready data with the fields schema, header, runs and verdicts."""
+    """Return the report as JSON-ready data with the fields schema, header, runs, verdicts and those of ``more``.
+
+    ``sparkgauge baselines approve`` needs ``outcomes`` (test -> how it ended) and ``speedups`` (test -> metric ->
+    samples); without them it refuses, and a test's speed-ups are lost.
+    """
     flat = [{"test_id": test, "label": label, **_plain(verdict)} for test, label, verdict in verdicts]
-    return {"schema": REPORT_SCHEMA_VERSION, "header": _plain(header), "runs": _plain(runs), "verdicts": flat}
+    return {
+        "schema": REPORT_SCHEMA_VERSION,
+        "header": _plain(header),
+        "runs": _plain(runs),
+        "verdicts": flat,
+        **_plain(more),
+    }
 
 
 def _plain(value: Any) -> Any:

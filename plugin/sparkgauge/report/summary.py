@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from sparkgauge.report.table import phase_lines, render_table, row_from
+from sparkgauge.records import RunRecord
+from sparkgauge.report.baseline_notes import Collected, session_notes
+from sparkgauge.report.table import Row, phase_lines, render_table, row_from
 from sparkgauge.session import GaugeSession
 
 
-def write_summary(reporter: Any, session: GaugeSession, *, verbose: bool) -> None:
-    """Write the section to ``reporter`` (pytest's terminal reporter); with ``verbose`` the phases of every run."""
+def write_summary(reporter: Any, session: GaugeSession, *, verbose: bool, collected: Collected | None = None) -> None:
+    """Write the section to ``reporter`` (pytest's terminal reporter); with ``verbose`` the phases of every run.
+
+    ``collected`` tells which baselines this session could have used; without it none is called unused.
+    """
     writer = reporter._tw
-    rows = [row_from(run, _verdicts(session, run.test_id, run.label)) for run in session.runs]
+    rows = [row for run in session.runs for row in _rows(session, run)]
     encoding = getattr(writer._file, "encoding", None) or "utf-8"
     reporter.section("sparkgauge")
     for line in render_table(rows, writer.fullwidth, colour=writer.hasmarkup, encoding=encoding):
@@ -22,10 +28,34 @@ def write_summary(reporter: Any, session: GaugeSession, *, verbose: bool) -> Non
         reporter.write_line("")
         reporter.write_line("where the time went (mean of rounds and executors):")
     for run in explained:
-        for line in phase_lines(run):
+        for line in [*phase_lines(run), *_other_side(session, run)]:
             reporter.write_line(f"  {line}")
+    for line in session.opponent.notes() if session.opponent is not None else ():
+        reporter.write_line(line)
     for path in session.written:
         reporter.write_line(f"baseline written: {path}")
+    for line in session_notes(session, collected or Collected()):
+        reporter.write_line(line)
+
+
+def _rows(session: GaugeSession, run: RunRecord) -> list[Row]:
+    """Return the table's entry of ``run`` and, with ``--gauge-against``, that of its other side."""
+    own = row_from(run, _verdicts(session, run.test_id, run.label))
+    opponent = session.opponent
+    other = opponent.run_of(run) if opponent is not None else None
+    if opponent is None or other is None:
+        return [own]
+    row = row_from(other, [])
+    return [own, dataclasses.replace(row, test=f"{row.test} at {opponent.reference.name}")]
+
+
+def _other_side(session: GaugeSession, run: RunRecord) -> list[str]:
+    """Return where the time went compared with the other side of ``--gauge-against``."""
+    if session.opponent is None or (other := session.opponent.run_of(run)) is None:
+        return []
+    from sparkgauge.against.explain import explanation
+
+    return explanation(other, run, session.opponent.reference.name)
 
 
 def _verdicts(session: GaugeSession, test_id: str, label: str) -> list[Any]:
