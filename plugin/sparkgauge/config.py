@@ -194,6 +194,19 @@ OPTIONS: tuple[Option, ...] = (
         "seed", "seed", "Seed of the first round; each round adds one (default: 1).", default=DEFAULT_SEED, metavar="N"
     ),
     _line_only(
+        "against",
+        "text",
+        "Compare with this commit of the repository instead of stored baselines: it is checked out and trained in "
+        "turn with the working tree.",
+        metavar="REF",
+    ),
+    _line_only(
+        "against_python",
+        "path",
+        "Python interpreter for the other side of --gauge-against, with its own packages (default: this one).",
+        metavar="PATH",
+    ),
+    _line_only(
         "inject",
         "injections",
         "Slow phases down on purpose, e.g. compute=30%%, to see the gate at work (phases: feed, compute).",
@@ -266,6 +279,9 @@ class GaugeConfig:
     """Whether the environment variable CI says that nobody is watching."""
     given: frozenset[str]
     """Names, without ``gauge_``, of the options on the command line: these win over markers."""
+    against: str | None = None
+    """The commit that this session compares with, in the user's words; None for stored baselines."""
+    against_python: Path | None = None
 
     @property
     def embedded(self) -> bool:
@@ -313,6 +329,8 @@ class GaugeConfig:
             injections=values["inject"],
             ci=is_ci(environ),
             given=given,
+            against=values["against"],
+            against_python=values["against_python"],
         )
 
 
@@ -374,6 +392,16 @@ def _anchor(value: Any, option: Option, folder: Path) -> Any:
 
 
 def _check_update(values: Mapping[str, Any], ci: bool) -> None:
+    if values["update"] and values["against"]:
+        raise ConfigurationError(
+            "--gauge-against compares with a commit, not with baselines",
+            expected="either --gauge-against or --gauge-update",
+            actual=f"--gauge-against {values['against']} --gauge-update {values['update']}",
+        )
+    if values["against_python"] and not values["against"]:
+        raise ConfigurationError(
+            "--gauge-against-python belongs to --gauge-against", expected="--gauge-against REF", actual="nothing"
+        )
     if values["update"] and ci and not values["force_update"]:
         raise ConfigurationError(
             "Refusing to write baselines in CI",

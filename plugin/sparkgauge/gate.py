@@ -51,6 +51,8 @@ class Policy:
     """Which baselines this session writes: missing ones, all, or none."""
     inconclusive: Literal["fail", "skip"] = "fail"
     """What becomes of a test that more rounds would be needed for. It never passes."""
+    serving: bool = False
+    """Whether this session only takes rounds for another one, which judges them: comparisons hold, as ``generated``."""
 
     def __post_init__(self) -> None:
         for name in ("runtime_margin_fraction", "accuracy_margin_fraction", "speedup_margin_fraction"):
@@ -121,6 +123,7 @@ class Measurement:
         more: Callable[[], Samples | None] | None = None,
         policy: Policy | None = None,
         observer: Observer | None = None,
+        labels: tuple[str, ...] = (),
     ) -> None:
         self.samples = samples
         """Grows when ``more`` is asked for rounds."""
@@ -130,6 +133,8 @@ class Measurement:
         """Used against plain numbers; a baseline brings its own."""
         self.observer = observer
         """Told of verdicts against plain numbers, with the samples behind them; a baseline brings its own."""
+        self.labels = labels
+        """The trainings behind a speed-up, the fast one first; empty for a quantity of one training."""
         self.verdict: Verdict | None = None
         """The last comparison's verdict."""
 
@@ -190,9 +195,14 @@ class Measurement:
                 expected=f"`measured {'<=' if self.better == 'lower' else '>='} limit`",
                 actual=f"`measured {sign} limit`",
             )
+        if self.policy.serving:
+            return _announce(self, _unjudged(self.samples), self.observer)
         if isinstance(other, BaselineQuantity):
             return judge(self, other)
         return judge_number(self, float(other))
+
+
+Judge = Callable[[Measurement], Verdict]
 
 
 @dataclass(frozen=True)
@@ -214,15 +224,17 @@ class BaselineQuantity:
     """The baseline's path, as shown."""
     observer: Observer | None = None
     """Told of every verdict, with the run's samples behind it."""
+    judge: Judge | None = None
+    """Judges in place of this module where the other side is measured in turn with this one (``--gauge-against``)."""
 
     def __post_init__(self) -> None:
-        if (self.samples is None) == (self.status is None):
+        if self.judge is None and (self.samples is None) == (self.status is None):
             raise ConfigurationError("A baseline has either samples or a status", where=self.file or self.metric)
 
     def __repr__(self) -> str:
         name = SHORT_NAMES.get(self.metric, self.metric)
         if self.samples is None:
-            return f"<baseline {name} {self.status}>"
+            return f"<baseline {name} {self.status or 'measured in turn'}>"
         interval = _own_interval(self.samples, self.policy.confidence)
         return f"<baseline {name} {format_interval(interval, self.samples.unit)}, n = {len(self.samples.values)}>"
 
@@ -293,8 +305,13 @@ def speedup(fast: HasRuntime, *, over: HasRuntime) -> Measurement:
         return None if any(samples is None for _, samples in grown) else _ratios(quick, slow)
 
     can_grow = quick.more is not None and slow.more is not None
+    labels = tuple(str(getattr(side, "label", "")) for side in (fast, over))
     return Measurement(
-        _ratios(quick, slow), more=more if can_grow else None, policy=quick.policy, observer=quick.observer
+        _ratios(quick, slow),
+        more=more if can_grow else None,
+        policy=quick.policy,
+        observer=quick.observer,
+        labels=labels,
     )
 
 
@@ -308,7 +325,9 @@ def judge(measurement: Measurement, quantity: BaselineQuantity) -> Verdict:
     if candidate.metric != quantity.metric:
         expected, actual = quantity.metric, candidate.metric
         raise ConfigurationError("Different metrics cannot be compared", expected=expected, actual=actual)
-    if quantity.samples is None or quantity.policy.update == "all":
+    if quantity.judge is not None:
+        verdict = quantity.judge(measurement)
+    elif quantity.samples is None or quantity.policy.update == "all":
         verdict = _without_comparison(candidate, quantity)
     else:
         verdict = _settle(measurement, quantity.policy, partial(_against_baseline, measurement, quantity))
@@ -533,6 +552,12 @@ def _without_comparison(candidate: Samples, quantity: BaselineQuantity) -> Verdi
         hint = quantity.hint or _HINTS[verdict.status]
         verdict = dataclasses.replace(verdict, passed=passed, reason=quantity.reason, hint=hint)
     return dataclasses.replace(verdict, baseline_file=quantity.file, confidence=policy.confidence)
+
+
+def _unjudged(candidate: Samples) -> Verdict:
+    """Return the verdict of the side that only takes rounds: the other one judges."""
+    verdict = _verdict(_measured(candidate), "generated", None, None, expected=None)
+    return dataclasses.replace(verdict, passed=True, reason="measured for the other side of --gauge-against")
 
 
 def _verdict(

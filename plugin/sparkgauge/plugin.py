@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey["GaugeSession"]()
 TEST = pytest.StashKey["TestGauge"]()
+ITEMS = pytest.StashKey[list[pytest.Item]]()
 
 FIXTURES = frozenset({"train", "trained", "baseline", "spark_session", "spark_cluster", "cifar10"})
 """A test that asks for one of these is ours: only then is data looked for and something printed."""
@@ -37,6 +39,8 @@ MARKERS = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register the ``--gauge-...`` options and their ini twins."""
     options.add_options(parser)
+    parser.getgroup("sparkgauge").addoption("--gauge-serve", help=argparse.SUPPRESS)
+    parser.addini("gauge_source", "Folders whose code the tests measure, for --gauge-against.", type="args")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
     try:
         options.check(config.getoption, config.getini, os.environ)
+        if config.option.gauge_against or config.option.gauge_serve:
+            from sparkgauge.against import hooks
+
+            hooks.register(config, _session, _is_ours)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -56,6 +64,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         device = marker.kwargs.get("device", "cpu")
         if device in ("gpu", "cpu"):
             item.add_marker(device)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep what is going to run: a stored baseline whose test is not among it may be nobody's any more."""
+    session.config.stash[ITEMS] = list(session.items)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
@@ -97,9 +110,14 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the verdicts into the item's properties: JUnit XML takes those that the teardown's report still has."""
-    if call.when == "call" and (gauge := item.stash.get(TEST, None)) is not None:
+    gauge = item.stash.get(TEST, None) if call.when == "call" else None
+    if gauge is not None:
         item.user_properties.extend(gauge.properties())
-    return (yield)
+    report = yield
+    if gauge is not None:
+        is_error = report.failed and not (call.excinfo and call.excinfo.errisinstance(AssertionError))
+        gauge.session.outcomes[item.nodeid] = "error" if is_error else report.outcome
+    return report
 
 
 def pytest_assertrepr_compare(left: object, right: object) -> list[str] | None:
@@ -113,9 +131,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Print the table of everything that was measured."""
     session = config.stash.get(SESSION, None)
     if session is not None and session.runs:
+        from sparkgauge.report.baseline_notes import collected_by
         from sparkgauge.report.summary import write_summary
 
-        write_summary(terminalreporter, session, verbose=config.get_verbosity() > 0)
+        items = config.stash.get(ITEMS, [])
+        ours = [item.nodeid for item in items if _is_ours(item)]
+        collected = collected_by(config, [item.nodeid for item in items], ours, terminalreporter.stats)
+        write_summary(terminalreporter, session, verbose=config.get_verbosity() > 0, collected=collected)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
-import getpass
 import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sparkgauge import environment, gpu
+from sparkgauge import baselines, environment, gpu
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
 from sparkgauge.errors import BaselineError, ConfigurationError
@@ -32,11 +29,14 @@ from sparkgauge.records import (
     to_json,
 )
 from sparkgauge.report.progress import Progress
-from sparkgauge.store import DEFAULT_LABEL, BaselineStore, baseline_of, comparable, with_missing
+from sparkgauge.store import DEFAULT_LABEL, BaselineStore, baseline_of, comparable, superseding, with_missing
 from sparkgauge.training import BaselineView, Budget, Training, pick_label
 from sparkgauge.workload import FRAMEWORKS, Workload
 
 if TYPE_CHECKING:
+    from sparkgauge.against.duel import Duel
+    from sparkgauge.against.opponent import Opponent
+    from sparkgauge.against.server import Server
     from sparkgauge.cluster.spark import SparkCluster
     from sparkgauge.data.dataset import Dataset
 
@@ -75,6 +75,16 @@ class GaugeSession:
         """Test id, label and verdict, in the order of the comparisons."""
         self.written: list[Path] = []
         """Baseline files that this session wrote."""
+        self.replacements: list[baselines.Replacement] = []
+        """The same with what they replaced."""
+        self.outcomes: dict[str, str] = {}
+        """How each test with trainings ended: ``passed``, ``failed`` (an assert), ``error``, ``skipped``."""
+        self.speedups: dict[str, dict[str, tuple[float, ...]]] = {}
+        """Raw speed-ups by test and metric: which runs were divided is known to the test alone."""
+        self.opponent: Opponent | None = None
+        """The other side of ``--gauge-against``."""
+        self.server: Server | None = None
+        """Where this session takes rounds for another one, which asks and judges."""
         self._root = root
         self._cluster: SparkCluster | None = None
         self._datasets: dict[str | None, Dataset] = {}
@@ -173,12 +183,12 @@ class GaugeSession:
             require_baseline=config.require_baseline,
             update=config.update,
             inconclusive=config.inconclusive,
+            serving=self.server is not None,
         )
 
     def approval(self) -> Approval:
         """Return who is recording baselines, and how."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return Approval(who=_user_name(), when=now, why=f"recorded with --gauge-update {self.config.update}")
+        return baselines.approval(f"recorded with --gauge-update {self.config.update}")
 
     def _executors_environment(self) -> Environment:
         """Return what the executors run on; different machines make one class of their own."""
@@ -279,6 +289,12 @@ class TestGauge:
     _speedups: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _margins: dict[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def duel(self) -> Duel | None:
+        """Return this test's rounds in turn with the other side; None where baselines are compared with."""
+        opponent = self.session.opponent
+        return opponent.duel(self.test_id) if opponent is not None else None
+
     def train(self, keywords: Mapping[str, Any], *, label: str | None = None, where: str = "train(...)") -> Training:
         """Return a training of the workload that ``keywords`` describe; its rounds are run when first looked at."""
         __tracebackhide__ = True
@@ -297,6 +313,10 @@ class TestGauge:
             observer=lambda verdict, samples: self._observe(training.label, verdict, samples),
         )
         training.on_extra_round = lambda extra: self.timer.add(training.label, extra)
+        if self.duel is not None:
+            self.duel.attach(training)
+        if session.server is not None:
+            training.max_rounds = 0  # only the other side asks for rounds
         self.trainings.append(training)
         return training
 
@@ -306,10 +326,17 @@ class TestGauge:
         pending = [one for one in self.trainings if not one.rounds]
         if not pending:
             return
+        if self.session.server is not None:
+            self.session.server.settle(self)
+            return
+        if self.duel is not None:
+            self.duel.announce(pending)
         for training in pending:  # before the clock runs: runtimes are those of a warm session
             self.session.prepare(training.workload)
         try:
-            if len(pending) == 1:
+            if self.duel is not None:
+                self._run_pairs(pending, self.duel)
+            elif len(pending) == 1:
                 self._run(pending[0], pending[0].workload.rounds, pending[0].workload.warmup_rounds)
             else:
                 self._interleave(pending)
@@ -321,6 +348,10 @@ class TestGauge:
     def baseline(self) -> BaselineView:
         """Return the stored side of this test's quantities."""
         return BaselineView(self._quantity, DEFAULT_LABEL)
+
+    def training(self, label: str) -> Training | None:
+        """Return the training with this label."""
+        return next((one for one in self.trainings if one.label == label), None)
 
     def open_verdicts(self) -> str:
         """Return what was compared without a result (policy ``skip``, or no baseline required); empty without any."""
@@ -337,7 +368,8 @@ class TestGauge:
         self.session.runs = [run for run in self.session.runs if run.test_id != self.test_id] + runs
         for run in runs:
             self.timer.describe(run, " ".join(sorted({verdict.status for verdict in self.verdicts})) or "not gated")
-        if passed and runs and any(verdict.status == "generated" for verdict in self.verdicts):
+        keeps = passed and self.session.server is None
+        if keeps and runs and any(verdict.status == "generated" for verdict in self.verdicts):
             self._store(runs)
 
     def _check_installed(self, workload: Workload) -> None:
@@ -371,6 +403,21 @@ class TestGauge:
             for training in pending if turn % 2 == 0 else reversed(pending):
                 self._run(training, 1, training.workload.warmup_rounds if turn == 0 else 0)
 
+    def _run_pairs(self, pending: list[Training], duel: Duel) -> None:
+        """Take every round next to its counterpart on the other side, several trainings interleaved as usual."""
+        __tracebackhide__ = True
+        for training in pending:
+            duel.meet(training.label, self.describe(training))
+        for turn in range(max(one.workload.rounds for one in pending)):
+            for training in pending if turn % 2 == 0 else reversed(pending):
+                warmups = training.workload.warmup_rounds if turn == 0 else 0
+                own = partial(self._run, training, 1, warmups)
+                duel.pair(training.label, training.next_seed(), own, warmups=warmups)
+
+    def describe(self, training: Training) -> RunRecord:
+        """Return the record of what ``training`` has measured so far."""
+        return self._describe(training)
+
     def _describe(self, training: Training) -> RunRecord:
         session, workload = self.session, training.workload
         return RunRecord(
@@ -387,10 +434,16 @@ class TestGauge:
 
     def _quantity(self, metric: str, label: str) -> BaselineQuantity:
         __tracebackhide__ = True
-        training = next((one for one in self.trainings if one.label == label), None)
+        training = self.training(label)
         if training is None and metric != "speedup_ratio":
             labels = ", ".join(repr(one.label) for one in self.trainings) or "none"
             raise ConfigurationError("No training with this label", expected=f"one of {labels}", actual=repr(label))
+        if self.duel is not None:
+            policy = (training or self.trainings[0]).policy if self.trainings else Policy()
+            observer = partial(self._observe, label)
+            return self.duel.quantity(metric, label, policy, observer)
+        if self.session.server is not None:
+            return BaselineQuantity(metric, None, "missing", "the other side judges")
         path = self._path()
         stored = self._read(path)
         why_not = self._why_not(stored)
@@ -437,6 +490,7 @@ class TestGauge:
                 where=self.test_id,
             )
         self._speedups[samples.metric] = samples.values  # more rounds of the same
+        self.session.speedups[self.test_id] = dict(self._speedups)
 
     def _store(self, runs: list[RunRecord]) -> None:
         if self.session.config.injections:
@@ -447,9 +501,22 @@ class TestGauge:
             )
         path = self._path()
         fresh = baseline_of(runs, self.session.approval(), more_samples=self._speedups)
-        stored = self._read(path)
-        self.session.store.write(path, fresh if stored is None else with_missing(stored, fresh))
+        replacement = self._replacement(path, fresh)
+        self.session.store.write(path, replacement.new)
         self.session.written.append(path)
+        self.session.replacements.append(replacement)
+
+    def _replacement(self, path: Path, fresh: Baseline) -> baselines.Replacement:
+        """Return what to write: with ``new`` what the stored one lacks, with ``all`` the next generation of it."""
+        try:
+            stored = self.session.store.read(path)
+        except BaselineError as error:
+            if self.session.config.update != "all":
+                raise
+            return baselines.Replacement(path, None, fresh, f"the old file's history is lost: {error}")
+        if stored is None or self.session.config.update == "all":
+            return baselines.Replacement(path, stored, superseding(stored, fresh))
+        return baselines.Replacement(path, stored, with_missing(stored, fresh))
 
 
 def _capture_there(index: int) -> Any:
@@ -486,7 +553,7 @@ def _home(value: object) -> ModuleType | None:
     """Return the module that ``value``, a module or something that can be called, is or comes from; None otherwise."""
     if isinstance(value, ModuleType):
         return value
-    if isinstance(value, functools.partial):
+    if isinstance(value, partial):
         return _home(value.func)
     if isinstance(value, MethodType):
         return _home(type(value.__self__))
@@ -509,10 +576,3 @@ def _shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # no entry for this uid, as in many containers
-        return f"uid {os.getuid()}"

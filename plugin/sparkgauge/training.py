@@ -53,6 +53,8 @@ class Training:
     rounds: list[Round] = field(default_factory=list)
     timed: bool = False
     """Whether pytest-benchmark timed the rounds (it does not under --benchmark-disable and under xdist)."""
+    rounds_at_once: int = 1
+    """Rounds that one more sample costs: 2 where each has its counterpart on the other side (``--gauge-against``)."""
     on_extra_round: Callable[[Round], None] = field(default=lambda extra: None, repr=False)
 
     @property
@@ -109,7 +111,7 @@ class Training:
         return Measurement(own, more=more, policy=self.policy, observer=self.observer)
 
     def _take_one_more(self) -> bool:
-        expected = max(one.runtime_seconds for one in self.rounds)
+        expected = self.rounds_at_once * max(one.runtime_seconds for one in self.rounds)
         if len(self.rounds) >= self.max_rounds or not self.budget.allows(expected):
             return False
         began = time.monotonic()

@@ -281,6 +281,8 @@ def test_no_ini_file_updates_baselines_or_slows_a_run() -> None:
     assert {option.name for option in OPTIONS if option.ini is None} == {
         "gauge_update",
         "gauge_force_update",
+        "gauge_against",
+        "gauge_against_python",
         "gauge_inject",
     }
 
@@ -294,6 +296,15 @@ def test_more_planned_rounds_than_an_explicit_limit_are_refused() -> None:
     assert build({"rounds": "4", "max_rounds": "4"}).max_rounds == 4
     with pytest.raises(ConfigurationError, match="--gauge-max-rounds"):
         build({"rounds": "5", "max_rounds": "4"})
+
+
+def test_a_commit_is_compared_with_instead_of_updating() -> None:
+    assert build({"against": "HEAD", "against_python": "py"}).against_python == Path("/here/py")
+    for name, value in (("update", "new"), ("update", "all")):
+        with pytest.raises(ConfigurationError, match="either --gauge-against or --gauge-update"):
+            build({"against": "HEAD", name: value})
+    with pytest.raises(ConfigurationError, match="belongs to --gauge-against"):
+        build({"against_python": "py"})
 
 
 class Parser:
