@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def detect(folder: Path = DRIVER_FOLDER) -> tuple[Gpu, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return tuple(gpus)
-    wanted = [item.strip() for item in visible.split(",") if item.strip()]
-    return tuple(one for one in gpus if str(one.index) in wanted or any(one.uuid.startswith(w) for w in wanted))
+    chosen = set(_chosen(visible, gpus))
+    return tuple(one for one in gpus if one.index in chosen)
 
 
 def why_none(folder: Path = DRIVER_FOLDER) -> str:
@@ -52,6 +53,18 @@ def require(count: int) -> None:
             actual=f"{len(found)}" if found else f"none: {why_none()}",
             hint="Run with -m 'not gpu', or on a machine with an NVIDIA driver.",
         )
+
+
+def _chosen(visible: str, gpus: list[Gpu]) -> Iterator[int]:
+    """Yield the indices that CUDA_VISIBLE_DEVICES names; CUDA ignores all that follows a name that it does not know."""
+    for item in visible.split(","):
+        name = item.strip()
+        index = next(
+            (one.index for one in gpus if name and (str(one.index) == name or one.uuid.startswith(name))), None
+        )
+        if index is None:
+            return
+        yield index
 
 
 def _read(index: int, information: Path) -> Gpu:
