@@ -773,6 +773,7 @@ def run_pytest(repository: Path, *arguments: str) -> Finished:
         XDG_CACHE_HOME=str(repository.parent / "cache"),
         SESSION_MARK=mark,
         COLUMNS="140",
+        PYTHONDONTWRITEBYTECODE="1",  # the repository must stay as it is
     )
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", *plugin_arguments(), *arguments, "--gauge-report", str(report)]
