@@ -30,12 +30,18 @@ class FrameworkSpec:
     models: tuple[str, ...]
     module: str | None
     """Its adapter; None for a name that is reserved for a later version."""
+    launchers: tuple[str, ...] = ("default",)
+    """Ways to start it on Spark, the usual one first."""
 
 
 FRAMEWORKS: dict[str, FrameworkSpec] = {
     "tensorflow": FrameworkSpec(models=("cifar10_quick", "cifar10_tutorial"), module="sparkgauge.adapters.tensorflow"),
     "caffe": FrameworkSpec(models=("cifar10_quick",), module=None),
-    "torch": FrameworkSpec(models=("cifar10_quick", "cifar10_tutorial"), module=None),
+    "torch": FrameworkSpec(
+        models=("cifar10_quick", "cifar10_full", "cifar10_tutorial", "resnet20", "speedrun"),
+        module="sparkgauge.adapters.torch",
+        launchers=("barrier", "torchdistributor"),
+    ),
 }
 
 
@@ -56,7 +62,7 @@ PROFILE_SPECS: dict[str, ProfileSpec] = {
     "full": ProfileSpec(iterations=None, rounds=2),
 }
 
-CI_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 150}
+CI_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 150, "resnet20": 75, "speedrun": 20}
 """Length in profile ci where it is not the profile's: a tutorial step takes twice as long as a quick one."""
 
 FULL_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 10_000}
@@ -95,6 +101,8 @@ class Workload:
     """Passed to the user's function as ``context.options``."""
     fn: Fit | None = None
     """The user's ``fit(context, shard)``; None trains a built-in model."""
+    launcher: str = "default"
+    """How the framework is started on Spark; see ``FrameworkSpec.launchers``."""
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any], config: GaugeConfig, *, where: str = "gauge(...)") -> Workload:
@@ -129,6 +137,7 @@ class Workload:
             timeout_seconds=reader.setting("timeout", values.seconds, config.timeout_seconds),
             data=reader.value("data", _text, None),
             options=reader.value("options", _options, {}),
+            launcher=reader.launcher(framework),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,10 +146,12 @@ class Workload:
         How often it is measured, with which seed and against which margins is left out: that may differ between
         a run and the baseline it is compared with. Data has its own identity in the records.
         """
+        usual = self.launcher == FRAMEWORKS[self.framework].launchers[0]
         return {
             **{name: getattr(self, name) for name in _IDENTITY},
             "options": dict(self.options),
             "function": _function_name(self.fn),
+            **({} if usual else {"launcher": self.launcher}),
         }
 
 
@@ -169,6 +180,7 @@ KEYWORDS = (
     "timeout",
     "data",
     "options",
+    "launcher",
 )
 """Every keyword of the ``gauge`` marker and of ``train(...)``."""
 
@@ -242,6 +254,14 @@ class _Reader:
         if not callable(value):
             raise self._error(f"Bad value for {name}", "a function fit(context, shard)", value)
         return value  # type: ignore[no-any-return]
+
+    def launcher(self, framework: str) -> str:
+        """Return how the framework is started; only some frameworks have a choice."""
+        launchers = FRAMEWORKS[framework].launchers
+        if "launcher" in self._keywords and len(launchers) == 1:
+            expected = "no launcher: only framework 'torch' has a choice"
+            raise self._error(f"Framework {framework!r} has one launcher", expected, self._keywords["launcher"])
+        return self.choice("launcher", launchers, launchers[0])
 
     def executors(self) -> int:
         """Return the executors to train on, no more than the cluster has."""
@@ -338,5 +358,6 @@ def _function_name(fn: Fit | None) -> str:
     """Return ``module:name`` of ``fn``; an object without a name is known by its class."""
     if fn is None:
         return ""
-    named = fn if hasattr(fn, "__qualname__") else type(fn)
+    inner = getattr(fn, "__wrapped__", fn)  # a wrapper's identity is what it wraps
+    named = inner if hasattr(inner, "__qualname__") else type(inner)
     return f"{named.__module__}:{named.__qualname__}"

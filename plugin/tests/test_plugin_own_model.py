@@ -94,14 +94,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def test_every_code_block_is_a_file_or_an_entry_point() -> None:
-    assert sorted(_files()) == ["my_linear", "my_training", "sketch", "test_my_linear", "test_my_training"]
+    assert sorted(_files()) == [
+        *("my_linear", "my_module", "my_training", "sketch"),
+        *("test_my_linear", "test_my_module", "test_my_training"),
+    ]
     for name, text in _files().items():
         compile(text, name, "exec")
     assert _entry_points() == {"linear": "my_linear:fit"}
 
 
 def test_the_documented_models_train_and_are_gated(finished: Finished) -> None:
-    assert finished.passed("test_my_network", "test_my_network_on_one_executor", "test_linear"), finished.output
+    assert finished.passed("test_my_network", "test_my_network_on_one_executor", "test_linear", "test_my_module"), (
+        finished.output
+    )
     assert finished.report("test_my_network").properties["gauge_parameters"].startswith("match: parameters 17,386")
 
 

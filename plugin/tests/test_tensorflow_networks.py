@@ -21,7 +21,7 @@ def test_parameter_count(name: str, count: int) -> None:
     assert sum(int(np.prod(weight.shape)) for weight in weights) == count
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [CIFAR10_QUICK, CIFAR10_TUTORIAL], ids=lambda recipe: recipe.name)
 def test_initial_weights_depend_on_the_seed_alone(recipe: Recipe) -> None:
     first = _values(recipe, seed=1)
     tf.random.set_seed(99)

@@ -58,6 +58,27 @@ def augmentation_parameters(
     )
 
 
+def shift_flip_parameters(seed: int, step: int, global_batch: int, shift: int) -> Augmentation:
+    """Return crops and flips of all images of the global step for images padded by ``shift`` on every side."""
+    corners = random_words(Purpose.CROP, seed, step, 2 * global_batch).reshape(global_batch, 2)
+    coins = random_words(Purpose.FLIP, seed, step, global_batch)
+    return Augmentation(
+        random_below(corners, 2 * shift + 1),
+        (coins >> np.uint64(63)).astype(np.bool_),
+        np.zeros(global_batch, np.float32),
+        np.ones(global_batch, np.float32),
+    )
+
+
+def padded(images: NDArray[np.uint8], shift: int, colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return ``images`` (b, rows, columns, channels) with a border of ``shift`` pixels of ``colour`` (channels,)."""
+    count, rows, columns, channels = images.shape
+    framed = np.empty((count, rows + 2 * shift, columns + 2 * shift, channels), np.uint8)
+    framed[:] = colour
+    framed[:, shift : shift + rows, shift : shift + columns] = images
+    return framed
+
+
 def crop_flip(
     images: NDArray[np.uint8], *, size: int, offsets: NDArray[np.int64], flips: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:

@@ -5,6 +5,10 @@ Sources of the numbers (facts, restated):
 - ``cifar10_quick``: ``examples/cifar10/cifar10_quick_{train_test,solver,solver_lr1}.prototxt`` of BVLC Caffe.
 - ``cifar10_tutorial``: the "Advanced Convolutional Neural Networks" tutorial of TensorFlow 1.x
   (``tutorials/image/cifar10``), which the 2017 report calls the ImageNet example.
+- ``cifar10_full``: ``examples/cifar10/cifar10_full_{train_test,solver,solver_lr1,solver_lr2}.prototxt`` of BVLC Caffe.
+- ``resnet20``: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2015), section 4.2.
+- ``speedrun``: this project's own, with ideas of Keller Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU"
+  (2024): whitening first layer, GELU, label smoothing, Nesterov momentum, triangular rate, flip at test time.
 """
 
 from __future__ import annotations
@@ -35,10 +39,24 @@ class Recipe:
     """Tested on exponential moving averages of the weights."""
     train_flops_per_image: int
     """Forward + both backward products, without the first layer's input gradient."""
+    shift: int = 0
+    """Pixels by which training images are shifted at most, and mirrored half of the time; 0 does neither."""
+    channel_scaled: bool = False
+    """Pixels minus the channel's mean, divided by its deviation, instead of minus the mean image."""
+    nesterov: bool = False
+    label_smoothing: float = 0.0
+    peak_fraction: float = 0.0
+    """Above 0: the rate rises linearly to ``learning_rates`` at this share of the training, then falls to 0."""
+    test_flip: bool = False
+    """Tested on each image and its mirror image together."""
 
-    def learning_rate(self, step: int) -> float:
-        """Return the rate of ``step`` (0-based)."""
-        return [rate for first, rate in self.learning_rates if step >= first][-1]
+    def learning_rate(self, step: int, total: int | None = None) -> float:
+        """Return the rate of ``step`` (0-based) of ``total`` (the recipe's own length by default)."""
+        rate = [rate for first, rate in self.learning_rates if step >= first][-1]
+        if not self.peak_fraction:
+            return rate
+        done = (step + 0.5) / (total or self.iterations)
+        return rate * max(0.0, min(done / self.peak_fraction, (1 - done) / (1 - self.peak_fraction)))
 
 
 CIFAR10_QUICK = Recipe(
@@ -69,4 +87,54 @@ CIFAR10_TUTORIAL = Recipe(
     train_flops_per_image=105_300_000,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (CIFAR10_QUICK, CIFAR10_TUTORIAL)}
+CIFAR10_FULL = Recipe(
+    name="cifar10_full",
+    global_batch=100,
+    iterations=70_000,
+    learning_rates=((0, 1e-3), (60_000, 1e-4), (65_000, 1e-5)),
+    momentum=0.9,
+    weight_decay=0.004,
+    test_every=1000,
+    input_size=32,
+    augment=False,
+    averaged=False,
+    train_flops_per_image=68_870_000,
+)
+
+RESNET20 = Recipe(
+    name="resnet20",
+    global_batch=128,
+    iterations=64_000,
+    learning_rates=((0, 0.1), (32_000, 0.01), (48_000, 0.001)),
+    momentum=0.9,
+    weight_decay=1e-4,
+    test_every=1000,
+    input_size=32,
+    augment=False,
+    averaged=False,
+    train_flops_per_image=242_420_000,
+    shift=4,
+    channel_scaled=True,
+)
+
+SPEEDRUN = Recipe(
+    name="speedrun",
+    global_batch=500,
+    iterations=1000,
+    learning_rates=((0, 0.4),),
+    momentum=0.85,
+    weight_decay=5e-4,
+    test_every=100,
+    input_size=32,
+    augment=False,
+    averaged=False,
+    train_flops_per_image=433_000_000,
+    shift=2,
+    channel_scaled=True,
+    nesterov=True,
+    label_smoothing=0.2,
+    peak_fraction=0.23,
+    test_flip=True,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (CIFAR10_QUICK, CIFAR10_FULL, CIFAR10_TUTORIAL, RESNET20, SPEEDRUN)}

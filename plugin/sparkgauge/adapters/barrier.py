@@ -1,0 +1,123 @@
+"""Launches one round as a Spark barrier stage whose tasks train in the executors' own Python processes.
+
+Framework-neutral. All tasks start together (that is what a barrier stage gives), but nothing waits on Spark's
+``barrier()``, which polls once a second: frameworks meet over a store of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sparkgauge.errors import ClusterError
+from sparkgauge.job import Job, Launched
+
+JOIN_SECONDS = 2.0
+"""Given to the submitting thread to notice that its job has ended, which it does within milliseconds."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Who trains together, as one task of the stage sees it."""
+
+    hosts: tuple[str, ...]
+    """Host of every executor, by rank."""
+    rank: int
+    gpus: tuple[str, ...] = ()
+    """Addresses of the GPUs that Spark gave this task."""
+
+    @property
+    def host(self) -> str:
+        """Return this executor's own host."""
+        return self.hosts[self.rank]
+
+
+Entry = Callable[[Job, int, Peers], None]
+"""``(job, rank, peers)``: what each task runs; a function of an importable module, or a partial of one."""
+
+
+def launch(
+    spark_context: Any,
+    job: Job,
+    *,
+    job_group: str,
+    check: Callable[[], None],
+    entry: Entry,
+    retryable: bool = False,
+    close: Callable[[], None] = lambda: None,
+) -> Launched:
+    """Start ``entry`` on ``job.executors`` executors at once and return; ``close`` is called when the round is over.
+
+    A ``retryable`` stage ends in a shuffle: Spark runs such a barrier stage again, as a whole, when a task is lost
+    (``spark.stage.maxConsecutiveAttempts``). Otherwise it is a result stage, which Spark never runs twice. ClusterError
+    where executors may come and go.
+    """
+    refuse_dynamic_allocation(spark_context)
+    check()
+
+    def submit() -> None:
+        spark_context.setJobGroup(job_group, "sparkgauge: training round", interruptOnCancel=True)
+        rows = spark_context.parallelize(range(job.executors), job.executors)
+        stage = rows.barrier().mapPartitions(functools.partial(_task, job, entry))
+        (stage.repartition(1) if retryable else stage).collect()
+
+    return in_background(submit, close)
+
+
+def in_background(submit: Callable[[], None], close: Callable[[], None] = lambda: None) -> Launched:
+    """Return at once while ``submit`` (a blocking Spark action) runs in a thread with a JVM thread of its own."""
+    from pyspark import InheritableThread
+
+    failures: list[str] = []
+
+    def run() -> None:
+        try:
+            submit()
+        except Exception as error:  # whatever Spark raises is the reason that Launched.failure hands on
+            failures.append(f"{type(error).__name__}: {error}")
+
+    def end() -> None:
+        try:
+            thread.join(JOIN_SECONDS)
+        finally:
+            close()
+
+    # job groups belong to threads: a group set in the caller's would stick to its later jobs
+    thread: threading.Thread = InheritableThread(target=run, name="sparkgauge-stage", daemon=True)
+    thread.start()
+    return Launched(failure=lambda: failures[0] if failures else None, close=end)
+
+
+def refuse_dynamic_allocation(spark_context: Any) -> None:
+    """Raise ClusterError where Spark may add and remove executors: it refuses barrier stages then (SPARK-24942)."""
+    name = "spark.dynamicAllocation.enabled"
+    actual = str(spark_context.getConf().get(name, "false"))
+    if actual.strip().lower() == "true":
+        raise ClusterError(
+            "A barrier stage cannot run while executors come and go",
+            expected=f"{name}=false",
+            actual=f"{name}={actual}",
+            hint="Switch dynamic allocation off for this session",
+        )
+
+
+def _task(job: Job, entry: Entry, rows: Iterator[int]) -> Iterator[int]:
+    from pyspark import BarrierTaskContext
+
+    context = BarrierTaskContext.get()
+    peers = _peers(context, job)
+    entry(job, peers.rank, peers)
+    return iter(())
+
+
+def _peers(context: Any, job: Job) -> Peers:
+    hosts = tuple(str(info.address).rpartition(":")[0] for info in context.getTaskInfos())
+    gpu = context.resources().get("gpu")
+    return Peers(
+        hosts=("127.0.0.1",) * len(hosts) if job.loopback else hosts,
+        rank=int(context.partitionId()),
+        gpus=tuple(gpu.addresses) if gpu is not None else (),
+    )

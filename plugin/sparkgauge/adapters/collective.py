@@ -1,0 +1,232 @@
+"""Process groups of torch.distributed over executors, and one flat buffer of gradients summed through them.
+
+Torch is imported inside the functions: the driver of another framework's adapter may import this module without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparkgauge.job import Job
+
+LOOPBACK = "127.0.0.1"
+
+MEETING_SECONDS = 120.0
+"""Longest wait for the other executors at the start; a barrier stage starts them within a second of each other."""
+
+BUCKET_BYTES = 8 * 1024 * 1024
+"""Gradients up to this size go in one all-reduce, larger ones in several that overlap with the backward pass."""
+
+_PEER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "socket timeout")
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """Where the executors meet; travels with the job."""
+
+    host: str
+    port: int
+
+
+@dataclass
+class Store:
+    """The driver's end of the rendezvous; unauthenticated, hence loopback wherever all executors are local."""
+
+    address: StoreAddress
+    _server: Any = field(repr=False, default=None)
+
+    def close(self) -> None:
+        """Stop serving; harmless when repeated."""
+        self._server = None  # the TCPStore's destructor ends its thread and closes the port
+
+
+def open_store(job: Job) -> Store | None:
+    """Return a TCPStore served by this process on a port the system picks; None for a single executor."""
+    if job.executors == 1:
+        return None
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server((LOOPBACK if job.loopback else "0.0.0.0", 0), backlog=128)
+    port = int(listener.getsockname()[1])
+    # without a listening socket of ours the store would bind every interface; it owns the descriptor from here on
+    server = TCPStore(
+        LOOPBACK, port, is_master=True, wait_for_workers=False, timeout=_meeting(), master_listen_fd=listener.detach()
+    )
+    return Store(StoreAddress(LOOPBACK if job.loopback else job.address.host, port), server)
+
+
+@contextlib.contextmanager
+def open_group(job: Job, rank: int, address: StoreAddress | None, device: str = "cpu") -> Iterator[Any]:
+    """Yield the process group of all executors (gloo, or NCCL on ``gpu``), None for one; set ``job.threads`` threads.
+
+    ConnectionResetError where a peer goes away while it is open.
+    """
+    import torch
+
+    _limit_threads(torch, job.threads)
+    if job.executors == 1 or address is None:
+        yield None
+        return
+    import torch.distributed as dist
+
+    if job.loopback:
+        _bind_to_loopback()
+    with peer_errors():
+        store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=_meeting())
+        on_gpu = {"device_id": torch.device("cuda", 0)} if device == "gpu" else {}
+        backend = "nccl" if device == "gpu" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=job.executors, **on_gpu)
+    try:
+        with peer_errors():
+            yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def peer_errors() -> Iterator[None]:
+    """Raise ConnectionResetError for an error of a collective, so that the driver looks for its cause elsewhere."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in _PEER_WORDS):
+            raise
+        raise ConnectionResetError(f"an executor left the collective: {error}") from error
+
+
+class FlatGradients:
+    """All gradients in one float32 buffer, summed over the executors in one or several buckets.
+
+    Buckets are reduced in the order in which the backward pass fills them, the same on every executor; with several
+    of them the earlier ones travel while the later ones are computed.
+    """
+
+    def __init__(self, parameters: Sequence[Any], group: Any, bucket_bytes: int = BUCKET_BYTES) -> None:
+        """Give each of ``parameters`` (dense float32 tensors) a view of the buffer as its ``grad``."""
+        import torch
+
+        self._group = group
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        self.bytes_reduced = 0
+        """Payload handed to all-reduce so far."""
+        self.exposed_seconds = 0.0
+        """Waiting for all-reduces so far: slower executors and what the backward pass did not hide."""
+        self._buckets = _buckets([p.numel() for p in parameters], bucket_bytes)
+        self._waiting = [0] * len(self._buckets)
+        self._started: list[Any] = []
+        self._attach(parameters)
+
+    def clear(self) -> None:
+        """Set all gradients to zero; call it before every backward pass."""
+        self.flat.zero_()
+        self._started = []
+        self._waiting = [len(members) for members, _ in self._buckets]
+
+    def reduce(self) -> None:
+        """Return when the buffer holds the sums over all executors; every executor must call it."""
+        if self._group is None:
+            return
+        began = time.perf_counter()
+        while len(self._started) < len(self._buckets):  # all of them where there was no backward pass
+            self._start_next()
+        for work in self._started:
+            work.wait()
+        if self.flat.is_cuda:
+            import torch
+
+            torch.cuda.current_stream().synchronize()  # NCCL's wait() only orders the streams
+        self.exposed_seconds += time.perf_counter() - began
+
+    def _attach(self, parameters: Sequence[Any]) -> None:
+        start = 0
+        for parameter in parameters:
+            # the parameter's own strides: accumulating into another layout is a transposition per step
+            parameter.grad = self.flat.as_strided(parameter.shape, parameter.stride(), start)
+            start += parameter.numel()
+        if self._group is None or len(self._buckets) == 1:
+            return
+        for bucket, (members, _) in enumerate(self._buckets):
+            for index in members:
+                parameters[index].register_post_accumulate_grad_hook(functools.partial(self._filled, bucket))
+
+    def _filled(self, bucket: int, parameter: Any) -> None:
+        self._waiting[bucket] -= 1
+        while len(self._started) < len(self._buckets) and not self._waiting[len(self._started)]:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        import torch.distributed as dist
+
+        part = self.flat[self._buckets[len(self._started)][1]]
+        self.bytes_reduced += part.numel() * part.element_size()
+        self._started.append(dist.all_reduce(part, group=self._group, async_op=True))
+
+
+@dataclass
+class Exchange:
+    """Small sums over the executors in the middle of a step, such as those of batch normalisation."""
+
+    group: Any
+    seconds: float = 0.0
+    bytes_reduced: int = 0
+
+    def sum_(self, values: Any) -> Any:
+        """Return the tensor ``values`` after summing it over the executors in place."""
+        if self.group is not None:
+            import torch.distributed as dist
+
+            began = time.perf_counter()
+            dist.all_reduce(values, group=self.group)
+            self.seconds += time.perf_counter() - began
+            self.bytes_reduced += values.numel() * values.element_size()
+        return values
+
+
+def all_reduce_(array: Any, group: Any) -> float:
+    """Sum a contiguous numpy float32 array over the executors in place; return the seconds it took."""
+    if group is None:
+        return 0.0
+    import torch
+    import torch.distributed as dist
+
+    began = time.perf_counter()
+    dist.all_reduce(torch.from_numpy(array), group=group)
+    return time.perf_counter() - began
+
+
+def _buckets(sizes: Sequence[int], bucket_bytes: int) -> list[tuple[list[int], slice]]:
+    """Return (parameter indices, range of the flat buffer) from the last parameter to the first."""
+    buckets: list[tuple[list[int], slice]] = []
+    members: list[int] = []
+    stop = end = sum(sizes)
+    for index in reversed(range(len(sizes))):
+        members.append(index)
+        end -= sizes[index]
+        if 4 * (stop - end) >= bucket_bytes or index == 0:
+            buckets.append((members, slice(end, stop)))
+            members, stop = [], end
+    return buckets
+
+
+def _limit_threads(torch: Any, threads: int) -> None:
+    torch.set_num_threads(threads)
+    with contextlib.suppress(RuntimeError):  # fixed once parallel work has begun, as in a second round of one process
+        torch.set_num_interop_threads(1)
+
+
+def _bind_to_loopback() -> None:
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[variable] = names[0] if names else "lo"
+
+
+def _meeting() -> datetime.timedelta:
+    return datetime.timedelta(seconds=MEETING_SECONDS)

@@ -1,0 +1,324 @@
+"""The suite's CIFAR-10 networks in PyTorch. Channels last in memory; initial weights depend on the seed alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sparkgauge.adapters.collective import Exchange
+from sparkgauge.models.cifar10 import CIFAR10_FULL, CIFAR10_QUICK, CIFAR10_TUTORIAL, RESNET20, SPEEDRUN, Recipe
+
+Tensor = Any
+"""A ``torch.Tensor``: the type check treats torch as untyped, installed or not."""
+
+WHITENING_IMAGES = 5000
+"""Training images whose patches decide the whitening filters: 4.8 million 2 x 2 patches."""
+
+
+def build(recipe: Recipe, seed: int, exchange: Exchange) -> nn.Module:
+    """Return the network of ``recipe`` with weights drawn from ``seed``; KeyError for a model it does not know.
+
+    Each parameter's ``rate_factor`` and ``decay_factor`` multiply learning rate and weight decay (1 where missing).
+    Batch normalisation takes its statistics over the whole global batch, through ``exchange``.
+    """
+    draws = Draws(seed)
+    network: nn.Module = {
+        CIFAR10_QUICK.name: lambda: Quick(draws),
+        CIFAR10_FULL.name: lambda: Full(draws),
+        CIFAR10_TUTORIAL.name: lambda: Tutorial(draws),
+        RESNET20.name: lambda: ResNet20(draws, exchange),
+        SPEEDRUN.name: lambda: Speedrun(draws, exchange),
+    }[recipe.name]()
+    return network.to(memory_format=torch.channels_last)
+
+
+class Draws:
+    """Initial values, a stream of their own for every array, whatever the state of torch's global generator."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._arrays = seed, 0
+
+    def normal(self, shape: tuple[int, ...], deviation: float, *, cut: bool = False) -> Tensor:
+        """Return normal values; ``cut`` redraws beyond two deviations as TensorFlow's truncated normal does."""
+        self._arrays += 1
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self._arrays) % 2**63)
+        values = torch.randn(shape, generator=generator)
+        while cut and (far := values.abs() > 2).any():
+            values[far] = torch.randn(int(far.sum()), generator=generator)
+        return values * deviation
+
+
+def parameter(values: Tensor, *, rate: float = 1.0, decay: float = 1.0) -> nn.Parameter:
+    """Return ``values`` as a trainable parameter with its own factors of rate and decay."""
+    made = nn.Parameter(values)
+    made.rate_factor, made.decay_factor = rate, decay
+    return made
+
+
+class Quick(nn.Module):
+    """Caffe's quick CIFAR-10 net: pools in ceil mode, averages over real pixels, first pool before its ReLU."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self.conv1 = _caffe(draws, (32, 3, 5, 5), 1e-4)
+        self.conv2 = _caffe(draws, (32, 32, 5, 5), 1e-2)
+        self.conv3 = _caffe(draws, (64, 32, 5, 5), 1e-2)
+        self.ip1 = _caffe(draws, (64, 1024), 1e-1)
+        self.ip2 = _caffe(draws, (10, 64), 1e-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (b, 10) of images minus the mean image (b, 3, 32, 32)."""
+        x = functional.relu(functional.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True))  # (b, 32, 16, 16)
+        x = functional.avg_pool2d(functional.relu(self.conv2(x)), 3, 2, ceil_mode=True)  # (b, 32, 8, 8)
+        x = functional.avg_pool2d(functional.relu(self.conv3(x)), 3, 2, ceil_mode=True)  # (b, 64, 4, 4)
+        return self.ip2(self.ip1(x.flatten(1)))
+
+
+class Full(nn.Module):
+    """Caffe's full CIFAR-10 net: response normalisation within channels, decay on the last weights only 250-fold."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self.conv1 = _caffe(draws, (32, 3, 5, 5), 1e-4)
+        self.conv2 = _caffe(draws, (32, 32, 5, 5), 1e-2)
+        self.conv3 = _caffe(draws, (64, 32, 5, 5), 1e-2, bias_rate=1.0)  # its prototxt leaves the factors at 1
+        self.ip1 = _caffe(draws, (10, 1024), 1e-2, decay=250.0, bias_decay=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (b, 10) of images minus the mean image (b, 3, 32, 32)."""
+        x = functional.relu(functional.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True))  # (b, 32, 16, 16)
+        x = functional.relu(self.conv2(norm_within_channels(x)))
+        x = functional.avg_pool2d(x, 3, 2, ceil_mode=True)  # (b, 32, 8, 8)
+        x = functional.relu(self.conv3(norm_within_channels(x)))
+        x = functional.avg_pool2d(x, 3, 2, ceil_mode=True)  # (b, 64, 4, 4)
+        return self.ip1(x.flatten(1))
+
+
+class Tutorial(nn.Module):
+    """TensorFlow's tutorial net: two convolutions with local response normalisation, three dense layers."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self.conv1 = _tutorial(draws, (64, 3, 5, 5), 5e-2, bias=0.0, decay=0.0)
+        self.conv2 = _tutorial(draws, (64, 64, 5, 5), 5e-2, bias=0.1, decay=0.0)
+        self.dense1 = _tutorial(draws, (384, 2304), 4e-2, bias=0.1, decay=1.0)
+        self.dense2 = _tutorial(draws, (192, 384), 4e-2, bias=0.1, decay=1.0)
+        self.dense3 = _tutorial(draws, (10, 192), 1 / 192, bias=0.0, decay=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (b, 10) of standardised images (b, 3, 24, 24)."""
+        x = _same_max_pool(functional.relu(self.conv1(x)))  # (b, 64, 12, 12)
+        x = norm_over_channels(functional.relu(self.conv2(norm_over_channels(x))))
+        x = _same_max_pool(x).flatten(1)  # (b, 64 * 6 * 6)
+        x = functional.relu(self.dense1(x))
+        return self.dense3(functional.relu(self.dense2(x)))
+
+
+class ResNet20(nn.Module):
+    """The 20-layer CIFAR network of He et al. with shortcuts that have no parameters (option A)."""
+
+    def __init__(self, draws: Draws, exchange: Exchange) -> None:
+        super().__init__()
+        self.conv = _he(draws, 3, 16)
+        self.norm = BatchNorm(16, exchange)
+        widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
+        self.blocks = nn.Sequential(*(Block(draws, exchange, *pair) for pair in itertools.pairwise(widths)))
+        self.dense = nn.Linear(64, 10)
+        self.dense.weight = parameter(draws.normal((10, 64), math.sqrt(1 / 64)))
+        self.dense.bias = parameter(torch.zeros(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (b, 10) of normalised images (b, 3, 32, 32)."""
+        x = self.blocks(functional.relu(self.norm(self.conv(x))))  # (b, 64, 8, 8)
+        return self.dense(x.mean((2, 3)))
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut; a change of width halves the image."""
+
+    def __init__(self, draws: Draws, exchange: Exchange, before: int, after: int) -> None:
+        super().__init__()
+        self._grows = after - before
+        self.conv1 = _he(draws, before, after, stride=2 if self._grows else 1)
+        self.norm1 = BatchNorm(after, exchange)
+        self.conv2 = _he(draws, after, after)
+        self.norm2 = BatchNorm(after, exchange)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output; missing channels of the shortcut are zero."""
+        y = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
+        if self._grows:
+            half = self._grows // 2
+            x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, self._grows - half))
+        return functional.relu(y + x)
+
+
+class Speedrun(nn.Module):
+    """This project's fast net: fixed whitening of 2 x 2 patches, three pairs of convolutions, scaled logits."""
+
+    WIDTHS = (24, 64, 128, 256)
+
+    def __init__(self, draws: Draws, exchange: Exchange) -> None:
+        super().__init__()
+        self.register_buffer("whitening", draws.normal((24, 3, 2, 2), math.sqrt(1 / 12)))
+        self.shift = parameter(torch.zeros(24))
+        self.blocks = nn.ModuleList(WideBlock(draws, exchange, *pair) for pair in itertools.pairwise(self.WIDTHS))
+        self.dense = nn.Linear(256, 10, bias=False)
+        self.dense.weight = parameter(draws.normal((10, 256), math.sqrt(1 / 256)))
+
+    def prepare(self, images: Tensor) -> None:
+        """Set the whitening filters from normalised training images (n, 3, 32, 32); the same on every executor."""
+        patches = images[:WHITENING_IMAGES].unfold(2, 2, 1).unfold(3, 2, 1)  # (n, 3, 31, 31, 2, 2)
+        patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / torch.sqrt(values + 5e-4)).T.reshape(12, 3, 2, 2)
+        self.whitening.copy_(torch.cat([filters, -filters]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (b, 10) of normalised images (b, 3, 32, 32)."""
+        x = functional.gelu(functional.conv2d(x, self.whitening, self.shift))  # (b, 24, 31, 31)
+        for block in self.blocks:
+            x = block(x)  # 15, 7, 3 pixels a side
+        return self.dense(x.amax((2, 3))) / 3
+
+
+class WideBlock(nn.Module):
+    """Convolution, pool, norm, GELU, convolution, norm, GELU."""
+
+    def __init__(self, draws: Draws, exchange: Exchange, before: int, after: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = _he(draws, before, after), BatchNorm(after, exchange)
+        self.conv2, self.norm2 = _he(draws, after, after), BatchNorm(after, exchange)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (b, after, side // 2, side // 2)."""
+        x = functional.gelu(self.norm1(functional.max_pool2d(self.conv1(x), 2)))
+        return functional.gelu(self.norm2(self.conv2(x)))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the global batch: N executors normalise as one does.
+
+    With statistics of their own, executors with half the images each would train another network than one does with
+    all of them. A step costs two small all-reduces per layer, 38 in resnet20.
+    """
+
+    MOMENTUM, EPSILON = 0.1, 1e-5
+
+    def __init__(self, channels: int, exchange: Exchange) -> None:
+        super().__init__()
+        self.weight = parameter(torch.ones(channels))
+        self.bias = parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self._exchange = exchange
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` (b, c, h, w) normalised, scaled and shifted per channel."""
+        if not self.training or self._exchange.group is None:
+            state = (self.running_mean, self.running_var, self.weight, self.bias)
+            return functional.batch_norm(x, *state, self.training, self.MOMENTUM, self.EPSILON)
+        y, mean, variance, count = _GlobalNorm.apply(x, self.weight, self.bias, self._exchange, self.EPSILON)
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1))
+            self.running_mean.lerp_(mean, self.MOMENTUM)
+            self.running_var.lerp_(unbiased, self.MOMENTUM)
+        return y
+
+
+class _GlobalNorm(torch.autograd.Function):
+    """Normalisation by sums over all executors; an executor without images takes part with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, exchange: Exchange, epsilon: float) -> Any:
+        axes = (0, 2, 3)
+        count = x.new_full((1,), x.numel() // x.shape[1])
+        sums = exchange.sum_(torch.cat([x.sum(axes), (x * x).sum(axes), count]))
+        channels = x.shape[1]
+        total = sums[-1]
+        mean = sums[:channels] / total
+        variance = (sums[channels:-1] / total - mean * mean).clamp_min(0)
+        inverse = torch.rsqrt(variance + epsilon)
+        scale = weight * inverse
+        y = x * _wide(scale) + _wide(bias - mean * scale)
+        ctx.save_for_backward(x, weight, mean, inverse, total)
+        ctx.exchange = exchange
+        ctx.mark_non_differentiable(mean, variance, total)
+        return y, mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        x, weight, mean, inverse, total = ctx.saved_tensors
+        axes, channels = (0, 2, 3), x.shape[1]
+        own_dy = dy.sum(axes)
+        own_product = ((dy * x).sum(axes) - mean * own_dy) * inverse  # sum of dy * normalised x
+        sums = ctx.exchange.sum_(torch.cat([own_dy, own_product]))
+        mean_dy, mean_product = sums[:channels] / total, sums[channels:] / total
+        # dx = weight * inverse * (dy - mean(dy) - normalised x * mean(dy * normalised x)), in terms of x itself
+        slope = mean_product * inverse
+        dx = (dy - x * _wide(slope) - _wide(mean_dy - mean * slope)) * _wide(weight * inverse)
+        return dx, own_product, own_dy, None, None
+
+
+def norm_over_channels(x: Tensor, radius: int = 4, bias: float = 1.0, alpha: float = 0.001 / 9) -> Tensor:
+    """Return ``x / (bias + alpha * sum of squares over 2 * radius + 1 channels) ** 0.75``, as tf.nn.lrn does."""
+    offsets = torch.arange(x.shape[1], device=x.device)
+    band = ((offsets[:, None] - offsets[None, :]).abs() <= radius).to(x.dtype)
+    squares = ((x * x).permute(0, 2, 3, 1) @ band).permute(0, 3, 1, 2)  # channels last: a plain matrix product
+    inverse_root = torch.rsqrt(bias + alpha * squares)
+    return x * inverse_root * torch.sqrt(inverse_root)  # y ** -1/2 * y ** -1/4
+
+
+def norm_within_channels(x: Tensor, size: int = 3, alpha: float = 5e-5) -> Tensor:
+    """Return Caffe's WITHIN_CHANNEL normalisation: the mean of squares over a window, zeros counted at the edge."""
+    squares = functional.avg_pool2d(x * x, size, 1, padding=size // 2)
+    inverse_root = torch.rsqrt(1 + alpha * squares)
+    return x * inverse_root * torch.sqrt(inverse_root)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values[None, :, None, None]
+
+
+def _same_max_pool(x: Tensor) -> Tensor:
+    """Return a 3/2 pool with TensorFlow's SAME padding of even sides: one row and column at the far edge."""
+    return functional.max_pool2d(x, 3, 2, ceil_mode=True)
+
+
+def _caffe(
+    draws: Draws,
+    shape: tuple[int, ...],
+    deviation: float,
+    *,
+    bias_rate: float = 2.0,
+    decay: float = 1.0,
+    bias_decay: float = 1.0,
+) -> nn.Module:
+    layer = _layer(shape)
+    layer.weight = parameter(draws.normal(shape, deviation), decay=decay)
+    layer.bias = parameter(torch.zeros(shape[0]), rate=bias_rate, decay=bias_decay)
+    return layer
+
+
+def _tutorial(draws: Draws, shape: tuple[int, ...], deviation: float, *, bias: float, decay: float) -> nn.Module:
+    layer = _layer(shape)
+    layer.weight = parameter(draws.normal(shape, deviation, cut=True), decay=decay)
+    layer.bias = parameter(torch.full((shape[0],), bias), decay=0.0)
+    return layer
+
+
+def _layer(shape: tuple[int, ...]) -> Any:
+    if len(shape) == 2:
+        return nn.Linear(shape[1], shape[0])
+    return nn.Conv2d(shape[1], shape[0], shape[2], padding=shape[2] // 2)
+
+
+def _he(draws: Draws, before: int, after: int, stride: int = 1) -> nn.Module:
+    layer = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+    layer.weight = parameter(draws.normal((after, before, 3, 3), math.sqrt(2 / (9 * after))))
+    return layer

@@ -1,0 +1,146 @@
+"""The PyTorch networks against formulas in numpy, and their distributed parts against single-process ones."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from sparkgauge.adapters.collective import Exchange, _buckets  # noqa: E402
+from sparkgauge.adapters.torch import networks, training, worker  # noqa: E402
+from sparkgauge.errors import MachineError  # noqa: E402
+from sparkgauge.models.cifar10 import RECIPES, RESNET20, SPEEDRUN, Recipe  # noqa: E402
+
+ALONE = Exchange(None)
+ALL = pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("cifar10_quick", 145_578), ("cifar10_full", 89_578), ("cifar10_tutorial", 1_068_298), ("resnet20", 269_722)],
+)
+def test_parameter_count(name: str, count: int) -> None:
+    network = networks.build(RECIPES[name], 1, ALONE)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+@ALL
+@pytest.mark.parametrize("batch", [3, 1])
+def test_shapes(recipe: Recipe, batch: int) -> None:
+    network = networks.build(recipe, 1, ALONE)
+    assert network(_images(recipe, batch)).shape == (batch, 10)
+
+
+@ALL
+def test_initial_weights_depend_on_the_seed_alone(recipe: Recipe) -> None:
+    first = list(networks.build(recipe, 1, ALONE).parameters())
+    torch.manual_seed(99)
+    again, other = (list(networks.build(recipe, seed, ALONE).parameters()) for seed in (1, 2))
+    for one, same, different in zip(first, again, other, strict=True):
+        assert torch.equal(one, same)
+        if one.ndim > 1:
+            assert not torch.equal(one, different)
+
+
+def test_norm_within_channels_is_caffes() -> None:
+    x = np.random.default_rng(1).normal(size=(2, 3, 5, 5)).astype(np.float32) * 100
+    framed = np.pad(x**2, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    squares = sum(framed[:, :, i : i + 5, j : j + 5] for i in range(3) for j in range(3)) / 9
+    expected = x / (1 + 5e-5 * squares) ** 0.75
+    np.testing.assert_allclose(networks.norm_within_channels(torch.from_numpy(x)).numpy(), expected, rtol=1e-5)
+
+
+def test_norm_over_channels_is_tensorflows() -> None:
+    x = np.random.default_rng(1).normal(size=(2, 16, 3, 3)).astype(np.float32) * 30
+    squares = np.stack([(x[:, max(0, c - 4) : c + 5] ** 2).sum(1) for c in range(16)], axis=1)
+    expected = x / (1 + 0.001 / 9 * squares) ** 0.75
+    np.testing.assert_allclose(networks.norm_over_channels(torch.from_numpy(x)).numpy(), expected, rtol=1e-5)
+
+
+class _TwoHalves:
+    """An exchange between two halves of a batch, worked on in turn: gives the sums that were worked out before."""
+
+    group = "both"
+
+    def __init__(self, sums: list[Any]) -> None:
+        self._sums = iter(sums)
+
+    def sum_(self, values: Any) -> Any:
+        total = next(self._sums)
+        assert total.shape == values.shape
+        return total
+
+
+def test_norm_over_executors_is_the_norm_of_the_whole_batch_in_value_and_gradient() -> None:
+    torch.manual_seed(1)
+    x, weight, bias, pull = torch.randn(6, 4, 5, 5) * 3 + 1, torch.rand(4), torch.rand(4), torch.randn(6, 4, 5, 5)
+    leaves = [values.clone().requires_grad_() for values in (x, weight, bias)]
+    y = torch.nn.functional.batch_norm(leaves[0], None, None, leaves[1], leaves[2], True)
+    (y * pull).sum().backward()
+    axes, normal = (0, 2, 3), (y.detach() - bias[None, :, None, None]) / weight[None, :, None, None]
+    sums = [
+        torch.cat([x.sum(axes), (x * x).sum(axes), torch.tensor([150.0])]),
+        torch.cat([pull.sum(axes), (pull * normal).sum(axes)]),
+    ]
+    gradients = []
+    for part in (slice(0, 6), slice(0, 0)):  # the second executor has no image
+        own = [x[part].clone().requires_grad_(), *(v.clone().requires_grad_() for v in (weight, bias))]
+        out, *_ = networks._GlobalNorm.apply(*own, _TwoHalves(sums), 1e-5)
+        torch.testing.assert_close(out, y[part], rtol=1e-4, atol=1e-4)
+        (out * pull[part]).sum().backward()
+        gradients.append([leaf.grad for leaf in own])
+    torch.testing.assert_close(gradients[0][0], leaves[0].grad, rtol=1e-3, atol=1e-4)
+    for index in (1, 2):
+        total = gradients[0][index] + gradients[1][index]
+        torch.testing.assert_close(total, leaves[index].grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_is_torchs_sgd_at_a_constant_rate(nesterov: bool) -> None:
+    from dataclasses import replace
+
+    recipe = replace(RESNET20, nesterov=nesterov, weight_decay=0.01)
+    ours, theirs = (torch.nn.Linear(5, 3) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimiser = training.Momentum(ours, recipe, None)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+    for seed in range(4):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))
+        optimiser.gradients.clear()
+        reference.zero_grad()
+        (ours(x) ** 2).sum().backward()
+        ((theirs(x) ** 2).sum() / 8).backward()
+        optimiser.step(0.1, 8)
+        reference.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "buckets"), [(39, 4), (160, 3), (161, 2), (401, 1)])
+def test_buckets_cover_the_buffer_once_from_its_end(limit: int, buckets: int) -> None:
+    found = _buckets([10, 20, 30, 40], limit)
+    assert len(found) == buckets
+    assert [index for members, _ in found for index in members] == [3, 2, 1, 0]
+    edges = [(part.start, part.stop) for _, part in found]
+    assert edges[0][1] == 100 and edges[-1][0] == 0
+    assert all(before[0] == after[1] for before, after in itertools.pairwise(edges))
+
+
+def test_the_triangular_rate_rises_and_falls_to_nothing() -> None:
+    rates = [SPEEDRUN.learning_rate(step, 100) for step in range(100)]
+    assert max(rates) == pytest.approx(0.4, rel=0.03) and rates.index(max(rates)) in (22, 23)
+    assert 0 < rates[0] < 0.01 and 0 < rates[-1] < 0.01
+
+
+def test_an_executors_other_version_of_torch_is_refused() -> None:
+    worker.check_version("2.13.0+cpu", "2.13.0+cu130")
+    with pytest.raises(MachineError, match=r"expected torch 2\.13\.0, got torch 2\.11\.0"):
+        worker.check_version("2.11.0", "2.13.0")
+
+
+def _images(recipe: Recipe, batch: int) -> Any:
+    return torch.randn(batch, recipe.input_size, recipe.input_size, 3).permute(0, 3, 1, 2)

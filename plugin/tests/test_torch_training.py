@@ -1,0 +1,137 @@
+"""Trainings with PyTorch on real executors: what is learnt, counted and timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from sparkgauge.adapters.torch import launch
+from sparkgauge.adapters.torch.modules import torch_module
+from sparkgauge.errors import TrainingError, TrainingTimeout
+from sparkgauge.records import PHASES, Round
+from sparkgauge.rounds import run_round
+
+TEST_COUNT = 203
+_ROUNDS: dict[Any, Round] = {}
+
+
+def _run(trainings: Any, fn: Any = None, *, timeout_seconds: float = 120, **changes: Any) -> Round:
+    context = trainings.cluster.spark.sparkContext
+    return run_round(context, trainings.job(fn, **changes), launch.launch, timeout_seconds=timeout_seconds)
+
+
+@pytest.fixture
+def quick(trainings: Any) -> Any:
+    def run(executors: int) -> Round:
+        if executors not in _ROUNDS:
+            _ROUNDS[executors] = _run(trainings, executors=executors, iterations=50, test_every=20)
+        return _ROUNDS[executors]
+
+    return run
+
+
+def test_two_executors_learn_what_one_learns(quick: Any) -> None:
+    one, two = quick(1), quick(2)
+    assert [point.step for point in two.curve] == [20, 40, 50]
+    for alone, together in zip(one.curve, two.curve, strict=True):
+        assert together.train_loss == pytest.approx(alone.train_loss, rel=1e-4)
+        assert abs(together.accuracy_fraction - alone.accuracy_fraction) <= 3 / TEST_COUNT
+    assert two.curve[-1].train_loss < two.curve[0].train_loss
+
+
+def test_phases_and_counts(quick: Any) -> None:
+    for executors in (1, 2):
+        done = quick(executors)
+        assert sum(record.test_images for record in done.executors) == TEST_COUNT
+        assert done.metrics["achieved_gflops"] > 0
+        assert done.metrics["reduced_bytes"] == (0 if executors == 1 else 50 * 145_578 * 4)
+        for record in done.executors:
+            assert record.phases.total == pytest.approx(done.runtime_seconds, rel=0.02)
+            assert all(getattr(record.phases, phase) >= 0 for phase in PHASES)
+            assert (record.phases.sync > 0) == (executors > 1)
+
+
+@pytest.mark.parametrize("model", ["resnet20", "cifar10_tutorial", "speedrun"])
+def test_models_do_not_depend_on_the_number_of_executors(trainings: Any, model: str) -> None:
+    one, two = (_run(trainings, model=model, executors=n, iterations=4, global_batch=64) for n in (1, 2))
+    assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=1e-3)
+
+
+def test_an_epoch_with_a_last_batch_smaller_than_the_number_of_executors(trainings: Any) -> None:
+    one, two = (_run(trainings, executors=n, iterations=None, epochs=1) for n in (1, 2))
+    assert [record.train_images for record in two.executors] == [500, 501]
+    assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=1e-5)
+
+
+def make_net() -> Any:
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10))
+
+
+def test_a_plain_module_is_trained_by_all_executors_together(trainings: Any) -> None:
+    one, two = (_run(trainings, torch_module(make_net), executors=n, iterations=20) for n in (1, 2))
+    assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=1e-4)
+
+
+def uses_the_group(context: Any, shard: Any) -> dict[str, float]:
+    import torch
+    import torch.distributed as dist
+
+    for step in context.steps(shard):
+        total = torch.tensor(float(len(step.labels)), device=context.handle.device)
+        dist.all_reduce(total, group=context.handle.group)
+        assert total == step.global_batch
+        context.record_loss(0.0)
+    context.record_test(1, 1)
+    return {"threads": torch.get_num_threads()}
+
+
+def test_a_function_of_the_user_has_the_process_group(trainings: Any) -> None:
+    assert _run(trainings, uses_the_group).metrics == {"threads": 1.0}
+
+
+def leaves_its_peer(context: Any, shard: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if context.rank == 1:
+        raise KeyError("lost my notes")
+    dist.all_reduce(torch.ones(1), group=context.handle.group)
+
+
+def never_ends(context: Any, shard: Any) -> None:
+    import time
+
+    time.sleep(600)
+
+
+def returns_nonsense(context: Any, shard: Any) -> Any:
+    return 3
+
+
+def learns_nothing(context: Any, shard: Any) -> None:
+    for _ in context.steps(shard):
+        context.record_loss(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        (leaves_its_peer, r"executor 1 .*KeyError: 'lost my notes'"),
+        (returns_nonsense, "fit must return a mapping"),
+        (learns_nothing, "the training loss is nan at step 1"),
+    ],
+)
+def test_a_failing_function_is_named_with_its_executor(trainings: Any, fit: Any, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        _run(trainings, fit)
+
+
+def test_a_function_that_hangs_is_cancelled(trainings: Any) -> None:
+    with pytest.raises(TrainingTimeout):
+        _run(trainings, never_ends, timeout_seconds=6)
+    assert _run(trainings, iterations=2).curve[-1].step == 2  # the next round finds free executors
