@@ -1,0 +1,1 @@
+"""Caffe nets on Spark: the engines and what runs them on executors."""

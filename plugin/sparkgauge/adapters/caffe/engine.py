@@ -1,0 +1,91 @@
+"""What every Caffe engine offers: steps, tests, weights and states of one net on one executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+Images = NDArray[Any]
+"""Raw pixels, uint8 or float32, logical shape (b, c, h, w); an NHWC array transposed is the cheapest."""
+Labels = NDArray[Any]
+"""Integer class of each image, shape (b,)."""
+Arrays = dict[str, list[NDArray[Any]]]
+"""Layer name -> float32 arrays in Caffe's shapes and order."""
+Reduce = Callable[[Any], None]
+"""Sums one flat float32 buffer over all executors, in place, and returns when it is done."""
+
+
+@dataclass(frozen=True)
+class TestCount:
+    """What one executor's share of the test set gave."""
+
+    __test__ = False  # pytest would take it for a test class
+    correct: int
+    """Images whose label is among the ``top_k`` answers of the net's first Accuracy layer."""
+    tested: int
+    """Images tested."""
+    loss_sum: float
+    """Mean loss times ``tested``; 0.0 when the TEST net has no loss layer."""
+
+
+@dataclass(frozen=True)
+class Blobs:
+    """Every intermediate result of one forward and backward pass, under the names that pycaffe gives them."""
+
+    data: dict[str, NDArray[Any]]
+    """Outputs; for in-place layers what the last of them wrote."""
+    diff: dict[str, NDArray[Any]]
+    """Gradients; for in-place layers the gradient at the input of the first of them."""
+    parameters: Arrays
+    """Gradients of the weights by layer name."""
+
+
+class Engine(Protocol):
+    """One net with its solver on one executor; both engines give the same numbers within float32 error."""
+
+    iteration: int
+    """Updates done so far: Caffe's ``iter_``."""
+
+    def parameters(self) -> Arrays:
+        """Return copies of all weights."""
+        ...
+
+    def set_parameters(self, values: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+        """Overwrite the weights of the named layers."""
+        ...
+
+    def step(self, images: Images, labels: Labels, *, global_batch: int, reduce: Reduce | None = None) -> float:
+        """Update once and return this executor's part of the loss; the parts add up to the global batch's mean."""
+        ...
+
+    def test(self, images: Images, labels: Labels) -> TestCount:
+        """Return the exact count of right answers of the TEST net on any number of images."""
+        ...
+
+    def blobs(self, images: Images, labels: Labels, *, phase: str = "TRAIN") -> Blobs:
+        """Return every output and gradient of one pass; neither weights nor history change."""
+        ...
+
+    def load_weights(self, path: Path) -> None:
+        """Copy the weights of a ``.caffemodel`` by layer name."""
+        ...
+
+    def save_weights(self, path: Path) -> None:
+        """Write a ``.caffemodel``."""
+        ...
+
+    def load_state(self, path: Path) -> None:
+        """Take iteration and history from a ``.solverstate``; the caller loads the weights it names."""
+        ...
+
+    def save_state(self, path: Path, learned_net: str) -> None:
+        """Write a ``.solverstate`` that names ``learned_net`` as its weights."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...

@@ -1,0 +1,354 @@
+"""Engine ``torch``: a Caffe net on PyTorch, on CPU or GPU, with Caffe's semantics and numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount
+from sparkgauge.adapters.caffe.layers import Pass, Shape
+from sparkgauge.adapters.caffe.layers.loss import Accuracy
+from sparkgauge.adapters.caffe.net import Net, Parameters, Recorder, fill_views
+from sparkgauge.adapters.caffe.solvers import build_solver
+from sparkgauge.caffe import weights
+from sparkgauge.caffe.net import data_layer
+from sparkgauge.caffe.solver import current_step, learning_rate
+from sparkgauge.errors import ConfigurationError, DataError, TrainingError
+
+TEST_BATCH = {"cpu": 250, "cuda": 2000}
+"""Images per pass when testing: large enough to fill the device, small enough for 1 GiB of executor memory."""
+WARM_UP_PASSES = 3
+"""Eager steps before a CUDA graph is captured: libraries choose and allocate in them."""
+KEEP_BYTES = 1 << 30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+class TorchEngine:
+    """One net, its solver and its weights on one device; see ``engine.Engine``."""
+
+    def __init__(
+        self,
+        solver: Any,
+        train_net: Any,
+        test_net: Any | None,
+        *,
+        input_shape: Shape,
+        batch: int,
+        mean: NDArray[Any] | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        threads: int = 1,
+        rank: int = 0,
+        where: Callable[[str], str] = str,
+    ) -> None:
+        self.iteration = 0
+        self._message, self._device, self._where = solver, device, where
+        self._input_shape, self._batch = input_shape, batch
+        _set_up(device, threads)
+        self._net = Net(train_net, input_shape, where)
+        self._parameters = Parameters(self._net, seed, device)
+        self._test_net = None if test_net is None else Net(test_net, input_shape, where)
+        for net in [self._net, *([self._test_net] if self._test_net else [])]:
+            net.fuse(convolutions=device == "cpu" and torch.backends.mkldnn.is_available())
+        if self._test_net:
+            self._test_net.share(self._net)
+        self._solver = build_solver(solver, self._parameters)
+        self._rate = torch.zeros((), device=device)
+        self._generator = torch.Generator(device).manual_seed(seed * 1_000_003 + rank)
+        self._inputs = {net: _Transform(net.message, mean, input_shape, device) for net in self._nets()}
+        self._data: tuple[Any, Any] | None = None
+        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+
+    def parameters(self) -> Arrays:
+        """Return copies of all weights."""
+        return self._parameters.by_layer(self._parameters.values)
+
+    def set_parameters(self, values: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+        """Overwrite the weights of the named layers."""
+        self._parameters.set(values, "the given weights")
+
+    def step(self, images: Images, labels: Labels, *, global_batch: int, reduce: Reduce | None = None) -> float:
+        """Update once on images (b, c, h, w) and labels (b,); TrainingError if the loss is not finite."""
+        self._check(images, labels)
+        loss = self._gradients(self._tensor(images), self._labels(labels), global_batch)
+        self._apply(reduce)
+        return self._finish(loss)
+
+    def attach(self, images: Images, labels: Labels) -> None:
+        """Keep the data set where ``step_at`` takes its images from: on the GPU, or in this process's memory."""
+        self._check(images, labels)
+        self._graphs.clear()
+        if self._device == "cpu":
+            self._data = images, labels
+        else:
+            self._data = self._tensor(images), self._labels(labels)
+
+    def step_at(self, indices: NDArray[Any], *, global_batch: int, reduce: Reduce | None = None) -> float:
+        """Update once on the attached images at ``indices`` (b,); on a GPU as one captured graph."""
+        loss = self.start_step_at(indices, global_batch=global_batch, reduce=reduce)
+        return self._finite(float(loss))
+
+    def start_step_at(self, indices: NDArray[Any], *, global_batch: int, reduce: Reduce | None = None) -> Tensor:
+        """As ``step_at``, but return the loss as a tensor that the GPU may still be computing."""
+        if self._data is None:
+            raise ConfigurationError("no data set is attached", hint="Call attach(images, labels) first.")
+        if self._device == "cpu":
+            images, labels = self._data[0][indices], self._data[1][indices]
+            loss = self._gradients(self._tensor(images), self._labels(labels), global_batch)
+            self._apply(reduce)
+        else:
+            loss = self._replay(torch.from_numpy(np.asarray(indices, np.int64)), global_batch, reduce)
+        self.iteration += 1
+        return loss
+
+    def test(self, images: Images, labels: Labels) -> TestCount:
+        """Return the exact count of right answers of the TEST net."""
+        net = self._test_net
+        if net is None:
+            raise ConfigurationError("the solver has no TEST net", hint="Add a test net or a TEST phase to the net.")
+        counters = [op.layer for op in net.operations if isinstance(op.layer, Accuracy)]
+        if not counters:
+            raise ConfigurationError("the TEST net has no Accuracy layer", hint="Add one with include { phase: TEST }.")
+        self._check(images, labels)
+        correct = loss_sum = torch.zeros((), device=self._device, dtype=torch.float64)
+        size = TEST_BATCH["cpu" if self._device == "cpu" else "cuda"]
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            x, y = self._tensor(images[part]), self._labels(labels[part])
+            loss = self._forward(net, x, y, Pass(False, len(y)))
+            correct, loss_sum = correct + counters[0].correct, loss_sum + loss.double() * len(y)
+        return TestCount(int(correct), len(labels), self._finite(float(loss_sum)))
+
+    def blobs(self, images: Images, labels: Labels, *, phase: str = "TRAIN") -> Blobs:
+        """Return every output and, for TRAIN, every gradient; nothing that the engine keeps changes."""
+        self._check(images, labels)
+        net = self._net if phase == "TRAIN" else self._test_net
+        if net is None:
+            raise ConfigurationError("the solver has no TEST net")
+        kept, state = self._parameters.values.clone(), self._generator.get_state()
+        run = Pass(phase == "TRAIN", len(labels), self._generator)
+        data, diff = Recorder(net.names), Recorder(net.names)
+        self._parameters.gradients.zero_()
+        with torch.no_grad():
+            x, y = self._inputs[net](self._tensor(images)), self._labels(labels)
+            data(0, x)
+            data(1, y)
+            net.forward(x, y, run, data)
+            if phase == "TRAIN":
+                net.backward(run, diff)
+            self._parameters.values.copy_(kept)
+        self._generator.set_state(state)
+        return Blobs(data.arrays, diff.arrays, self._parameters.by_layer(self._parameters.gradients))
+
+    def load_weights(self, path: Path) -> None:
+        """Copy the weights of a ``.caffemodel`` by layer name; DataError where a shape differs."""
+        self._parameters.set(weights.read_weights(path), str(path))
+
+    def save_weights(self, path: Path) -> None:
+        """Write a ``.caffemodel``."""
+        types = {layer.name: layer.message.type for layer in self._parameters.layers}
+        weights.write_weights(path, self._net.message.name, self.parameters(), types=types)
+
+    def load_state(self, path: Path) -> None:
+        """Take iteration and history from a ``.solverstate``; DataError if it is of another net or solver."""
+        state = weights.read_state(path)
+        views = [view for flat in self._solver.history for view in self._parameters.views(flat)]
+        fill_views(views, state.history, str(path))
+        self.iteration = state.iteration
+
+    def save_state(self, path: Path, learned_net: str) -> None:
+        """Write a ``.solverstate`` that names ``learned_net`` as its weights."""
+        by_layer = [self._parameters.by_layer(flat) for flat in self._solver.history]
+        history = [array for arrays in by_layer for blobs in arrays.values() for array in blobs]
+        step = current_step(self._message, self.iteration)
+        weights.write_state(path, weights.State(self.iteration, step, learned_net, history))
+
+    def close(self) -> None:
+        """Free the data set and the captured graphs."""
+        self._data = None
+        self._graphs.clear()
+
+    def _nets(self) -> list[Net]:
+        return [self._net, *([self._test_net] if self._test_net else [])]
+
+    def _forward(self, net: Net, x: Tensor, labels: Tensor, run: Pass) -> Tensor:
+        with torch.no_grad():
+            return net.forward(self._inputs[net](x), labels, run)
+
+    def _gradients(self, x: Tensor, labels: Tensor, global_batch: int) -> Tensor:
+        """Fill the gradient buffer by this executor's images and return its part of the loss, a scalar."""
+        self._parameters.gradients.zero_()
+        loss = torch.zeros((), device=self._device)
+        run = Pass(True, global_batch, self._generator, whole_batch=len(labels) == global_batch)
+        passes = self._solver.iter_size
+        for part_x, part_labels in zip(x.tensor_split(passes), labels.tensor_split(passes), strict=True):
+            if len(part_labels):
+                loss = loss + self._forward(self._net, part_x, part_labels, run)
+                with torch.no_grad():
+                    self._net.backward(run)
+        # a fused ReLU turns NaN into 0, so that the loss alone may look well; 0 times a NaN or infinity is NaN
+        return loss + 0.0 * self._parameters.gradients.sum()
+
+    def _apply(self, reduce: Reduce | None) -> None:
+        """Sum the gradients over the executors and update the weights by them."""
+        if reduce is not None:
+            self._reduce(reduce)
+        self._set_rate()
+        with torch.no_grad():
+            self._solver.update(self._rate)
+
+    def _reduce(self, reduce: Reduce) -> None:
+        gradients = self._parameters.gradients
+        if self._device == "cpu":
+            reduce(gradients.numpy())
+        elif getattr(reduce, "on_device", False):
+            reduce(gradients)
+        else:
+            array = gradients.cpu().numpy()
+            reduce(array)
+            gradients.copy_(torch.from_numpy(array))
+
+    def _set_rate(self) -> None:
+        self._rate.fill_(learning_rate(self._message, self.iteration) * self._solver.scale(self.iteration))
+
+    def _finish(self, loss: Tensor) -> float:
+        self.iteration += 1
+        return self._finite(float(loss))
+
+    def _finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            hint = "Lower base_lr, or check the images' scale and the mean."
+            where = f"iteration {self.iteration}"
+            raise TrainingError("the loss is not finite", expected="a number", actual=str(loss), where=where, hint=hint)
+        return loss
+
+    def _replay(self, indices: Tensor, global_batch: int, reduce: Reduce | None) -> Tensor:
+        key = len(indices), global_batch, reduce is None
+        if key not in self._graphs:
+            self._graphs[key] = _Graph(self._captured(global_batch, whole=reduce is None), indices.cuda(), self._keep())
+        graph = self._graphs[key]
+        if reduce is None:
+            self._set_rate()
+        loss = graph.replay(indices)
+        if reduce is not None:
+            self._apply(reduce)
+        return loss
+
+    def _captured(self, global_batch: int, *, whole: bool) -> Callable[[Tensor], Tensor]:
+        """Return the step to capture: gradients at given indices and, if ``whole``, the update."""
+        assert self._data is not None
+        images, labels = self._data
+
+        def run(indices: Tensor) -> Tensor:
+            loss = self._gradients(images[indices], labels[indices], global_batch)
+            if whole:
+                with torch.no_grad():
+                    self._solver.update(self._rate)
+            return loss
+
+        return run
+
+    def _keep(self) -> list[Tensor]:
+        """Return what the passes before a capture must not change."""
+        return [self._parameters.values, *self._solver.history]
+
+    def _tensor(self, images: Images) -> Tensor:
+        """Return raw images as a tensor on the device, in channels_last order where they come so."""
+        array = images if images.flags.writeable else images.copy("K")
+        return torch.from_numpy(array).to(self._device)
+
+    def _labels(self, labels: Labels) -> Tensor:
+        return torch.from_numpy(np.asarray(labels).astype(np.int64)).to(self._device)
+
+    def _check(self, images: Images, labels: Labels) -> None:
+        """Raise DataError for images of another shape or labels that the net has no output for."""
+        if images.shape != (len(labels), *self._input_shape):
+            expected = f"{len(labels)} x {self._input_shape}"
+            raise DataError("images do not fit the net", expected=expected, actual=str(images.shape))
+        classes = self._net.classes()
+        if len(labels) and classes and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
+            actual = f"{int(labels.min())} to {int(labels.max())}"
+            raise DataError("labels do not fit the net", expected=f"0 to {classes - 1}", actual=actual)
+
+
+class _Transform:
+    """The data layer's ``transform_param``: (pixel - mean) * scale."""
+
+    def __init__(self, message: Any, mean: NDArray[Any] | None, shape: Shape, device: str) -> None:
+        layer = data_layer(message)
+        p = layer.transform_param if layer is not None else None
+        self._scale = float(p.scale) if p is not None else 1.0
+        values = list(p.mean_value) if p is not None else []
+        if values and len(values) not in (1, shape[0]):
+            raise ConfigurationError("mean_value does not fit", expected=f"1 or {shape[0]}", actual=str(len(values)))
+        if mean is not None and tuple(mean.shape) != tuple(shape):
+            raise DataError("the mean does not fit the images", expected=str(shape), actual=str(mean.shape))
+        self._mean: Tensor | None = None
+        if p is not None and p.HasField("mean_file"):
+            if mean is None:
+                raise ConfigurationError("the net needs a mean image", expected="mean=", where=p.mean_file)
+            laid_out = torch.from_numpy(np.array(mean, np.float32))[None].to(device)
+            self._mean = laid_out.contiguous(memory_format=torch.channels_last)
+        elif values:
+            self._mean = torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return float32 images in channels_last order."""
+        x = x.to(torch.float32, copy=True, memory_format=torch.channels_last)
+        if self._mean is not None:
+            x.sub_(self._mean)
+        return x if self._scale == 1 else x.mul_(self._scale)
+
+
+class _Graph:
+    """A step captured as a CUDA graph, with the indices of its images as input."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], indices: Tensor, keep: list[Tensor]) -> None:
+        self._indices = indices
+        before = [tensor.clone() for tensor in keep]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_PASSES):
+                step(indices)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = step(indices)
+        for tensor, value in zip(keep, before, strict=True):
+            tensor.copy_(value)
+
+    def replay(self, indices: Tensor) -> Tensor:
+        """Run the step on the images at ``indices`` and return a copy of its loss."""
+        self._indices.copy_(indices)
+        self._graph.replay()
+        loss: Tensor = self._loss.clone()
+        return loss
+
+
+def _set_up(device: str, threads: int) -> None:
+    """Set what holds for the whole process: threads, full float32 precision, and a malloc that keeps its memory."""
+    torch.set_num_threads(threads)
+    if device == "cpu":
+        _keep_freed_memory()
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks: by default it maps and faults in every activation anew in each step."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+            libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
