@@ -88,6 +88,37 @@ def _run_doctor(options: argparse.Namespace) -> int:
     return ATTENTION if doctor.worst(checks) == "fail" else DONE
 
 
+def _declare_selfcheck(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=3.0, metavar="M", help="time for the rounds (default: 3)")
+    parser.add_argument("--executors", type=int, metavar="N", help="as for pytest --gauge-executors")
+    parser.add_argument("--data", metavar="PATH", help="CIFAR-10 as for pytest --gauge-data")
+    _declare_json(parser)
+
+
+def _run_selfcheck(options: argparse.Namespace) -> int:
+    from sparkgauge import selfcheck, selfcheck_rounds
+    from sparkgauge.records import to_json
+
+    settings = selfcheck_rounds.Settings(options.minutes, options.executors, options.data)
+    check = selfcheck_rounds.run(settings, sys.stderr)
+    _print([json.dumps(to_json(check), indent=2)] if options.json else selfcheck.to_text(check))
+    return DONE if check.is_trustworthy else ATTENTION
+
+
+def _declare_install_caffe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--apt", action="store_true", help="install missing Debian packages first (as root)")
+    parser.add_argument("--source", type=Path, metavar="FILE", help="a source distribution that is here already")
+    parser.add_argument("--rebuild", action="store_true", help="build although the user's cache has the wheel")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def _run_install_caffe(options: argparse.Namespace) -> int:
+    from sparkgauge.caffe import build
+
+    build.install(apt=options.apt, source=options.source, rebuild=options.rebuild, quiet=options.quiet)
+    return DONE
+
+
 def _declare_baselines(parser: argparse.ArgumentParser) -> None:
     _add_commands(parser, BASELINE_COMMANDS)
 
@@ -358,7 +389,13 @@ BASELINE_COMMANDS: dict[str, Command] = {
 
 COMMANDS: dict[str, Command] = {
     "doctor": Command("examine this machine before a measured run", _declare_doctor, _run_doctor),
+    "selfcheck": Command("find out how often the gate errs on this machine", _declare_selfcheck, _run_selfcheck),
     "baselines": Command("look after the stored baselines", _declare_baselines, lambda options: DONE),
+    "install-caffe": Command(
+        "build the real Caffe with its Python interface, once, and install it",
+        _declare_install_caffe,
+        _run_install_caffe,
+    ),
 }
 """The commands of ``sparkgauge``; another one is one more entry."""
 

@@ -14,33 +14,22 @@ from pathlib import Path
 import pytest
 
 import sparkgauge
+from plugin.tests import made_up
+from plugin.tests.made_up import APPROVAL, make_round
 from sparkgauge import cli, doctor
 from sparkgauge.records import (
-    Approval,
     Baseline,
-    DataIdentity,
-    Environment,
-    ExecutorRecord,
-    PhaseSeconds,
-    Round,
     RunRecord,
 )
 from sparkgauge.report.run_json import write_run_report
 from sparkgauge.store import BaselineStore, baseline_of, superseding
 
 QUICK, BIG = "perf/test_a.py::test_quick", "perf/test_a.py::test_big[2]"
-ENVIRONMENT = Environment("linux-2c", "CPU", 2, 8 << 30, (), "Linux", {"python": "3.11"})
-DATA = DataIdentity("cifar10", "real", "ab" * 32, 50_000, 10_000)
-APPROVAL = Approval("me", "2026-06-30T00:00:00+00:00", "first")
 
 
 def make_run(test_id: str, factor: float = 1.0, profile: str = "ci") -> RunRecord:
-    executors = (ExecutorRecord(0, "h", PhaseSeconds(launch=1.0, compute=9.0 * factor), (0.1,), 500, 50, 4.0),)
-    rounds = tuple(
-        Round(seed, (10.0 + seed / 10) * factor, 0.7, 1000.0, executors, (), 0.5, "2026-06-30T00:00:00Z")
-        for seed in (1, 2, 3, 4)
-    )
-    return RunRecord(test_id, "trained", {"model": "quick"}, profile, DATA, ENVIRONMENT, "abc", rounds)
+    rounds = [make_round(seed, (10.0 + seed / 10) * factor, launch=1.0, compute=9.0 * factor) for seed in (1, 2, 3, 4)]
+    return made_up.make_run(*rounds, test_id=test_id, profile=profile)
 
 
 def make_baseline(test_id: str, factor: float = 1.0, profile: str = "ci") -> Baseline:
