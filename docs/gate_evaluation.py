@@ -5,7 +5,8 @@
 Every trace in the folder (see ``record_traces.py``) is resampled in blocks of consecutive steps, so that disturbances
 keep their length. Nothing changed within a trace: a "regressed" is a false alarm, and with the candidate's times
 multiplied by 1.05 a missing one is a miss. The gate's settings were chosen on the traces named by ``--tuned-on``; the
-others score them. ``--json`` prints the same figures for machines.
+others score them. ``--json`` prints the same figures for machines, ``--plots FOLDER`` draws them (Matplotlib). Where
+Apache Otava is installed (``pip install apache-otava``) it is given the same histories as ``stats.change_points``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 from scipy import special
 from scipy import stats as scipy_stats
 
-from sparkgauge import stats
+from sparkgauge import records, stats
 from sparkgauge.stats import robust
 
 MARGIN, ALPHA = 0.05, 0.01
@@ -34,6 +36,16 @@ ROUND_STEPS = 5
 STORED_ROUNDS = 8
 PHASES = {"launch": 0.08, "feed": 0.05, "compute": 0.55, "sync": 0.22, "evaluate": 0.10}
 EFFECTS = (0.0, 0.05, 0.10, 0.20)
+SPARK_BLOCK_PAIRS = 5
+"""Of real rounds, of which a trace holds some hundred: 10 rounds, half a minute."""
+HISTORY, STEP_AT, NEAR = 60, 30, 3
+"""Entries of a history, where the step is, and how far off a change point may be to count as found."""
+HISTORY_BLOCK = 3
+"""Entries that are neighbours: approvals of one day."""
+LEAST_PHASE_SHARE = 0.05
+"""Of a round: 20 % of a smaller phase is less than 1 % of the round."""
+SLOW_SHARE = 10
+"""Otava, and ours beside it, get every tenth resampling: 0.1 s a series."""
 
 Array = Any
 Rule = Callable[[Array, Array], Array]
@@ -53,6 +65,8 @@ class Row:
     power_20: float | None
     pairs_unchanged: float | None = None
     pairs_at_5: float | None = None
+    spread: tuple[int, ...] = field(default=(), compare=False)
+    """Pairs until the verdict with nothing changed, of every resampling; for the histogram."""
 
     def cells(self) -> list[str]:
         """Return the printed cells."""
@@ -80,17 +94,24 @@ def blocks(count: int, length: int, wanted: int, rows: int, generator: np.random
     return (starts[..., None] + np.arange(length)).reshape(rows, -1)[:, :wanted]
 
 
-def interleaved(values: Array, pairs: int, rows: int, generator: np.random.Generator) -> tuple[Array, Array]:
+def interleaved(
+    values: Array, pairs: int, rows: int, generator: np.random.Generator, *, block_pairs: int = BLOCK_PAIRS
+) -> tuple[Array, Array]:
     """Return (baseline, candidate), each (rows, pairs): neighbouring steps in random order."""
-    steps = values[blocks(len(values), 2 * BLOCK_PAIRS, 2 * pairs, rows, generator)].reshape(rows, pairs, 2)
+    steps = values[blocks(len(values), 2 * block_pairs, 2 * pairs, rows, generator)].reshape(rows, pairs, 2)
     swapped = generator.random((rows, pairs)) < 0.5
     return np.where(swapped, steps[..., 1], steps[..., 0]), np.where(swapped, steps[..., 0], steps[..., 1])
 
 
-def rounds_of_seconds(values: Array) -> Array:
-    """Return sums over ``ROUND_STEPS`` neighbouring steps."""
-    whole = len(values) // ROUND_STEPS * ROUND_STEPS
-    return values[:whole].reshape(-1, ROUND_STEPS).sum(axis=1)
+def around(reference: Array) -> Array:
+    """Return the reference kernel's time around each step: before it and after it."""
+    return reference + np.append(reference[1:], reference[-1])
+
+
+def rounds_of_seconds(values: Array, steps: int = ROUND_STEPS) -> Array:
+    """Return sums over ``steps`` neighbouring steps."""
+    whole = len(values) // steps * steps
+    return values[:whole].reshape(-1, steps).sum(axis=1)
 
 
 # ------------------------------------------------------------------------------------------------- other tools' rules
@@ -140,27 +161,36 @@ COMPETITORS: dict[str, Rule] = {
 # --------------------------------------------------------------------------------------------------- the figures
 
 
-def interleaved_rows(name: str, what: str, values: Array, pairs: int, rows: int, seed: int) -> Iterator[Row]:
+def interleaved_rows(trace: Trace, column: str, pairs: int, rows: int, seed: int) -> Iterator[Row]:
     """Yield the sequential gate, the same rule at the fixed maximum, and the other tools, on interleaved pairs."""
-    generator = np.random.default_rng(seed)
-    before, after = interleaved(values, pairs, rows, generator)
-    plans = {
-        "sparkgauge, sequential": stats.Plan(stats.Margin(MARGIN), ALPHA, FEWEST_PAIRS, pairs),
-        "sparkgauge, fixed maximum": stats.Plan(stats.Margin(MARGIN), ALPHA, pairs, pairs),
+    draw = partial(interleaved, pairs=pairs, rows=rows, block_pairs=trace.block_pairs)
+    before, after = draw(trace.columns[f"{column}_seconds"], generator=np.random.default_rng(seed))
+    same = draw(around(trace.columns["reference_seconds"]), generator=np.random.default_rng(seed))
+    differences, beside = np.log(after) - np.log(before), np.log(same[1]) - np.log(same[0])
+    what = f"{'CPU' if column == 'cpu' else column}, {pairs} pairs"
+    plan, whole = (stats.Plan(stats.Margin(MARGIN), ALPHA, first, pairs) for first in (FEWEST_PAIRS, pairs))
+    settled: dict[str, Callable[[float], stats.Outcomes]] = {
+        "sparkgauge, sequential": lambda effect: stats.settle_many(differences + np.log1p(effect), plan),
+        "sparkgauge, with kernel": lambda effect: stats.settle_many(differences + np.log1p(effect), plan, beside),
+        "sparkgauge, fixed maximum": lambda effect: stats.settle_many(differences + np.log1p(effect), whole),
     }
-    differences = np.log(after) - np.log(before)
-    for rule, plan in plans.items():
-        outcomes = [stats.settle_many(differences + np.log1p(effect), plan) for effect in EFFECTS]
+    if column == "cpu":
+        del settled["sparkgauge, with kernel"]
+    for rule, settle in settled.items():
+        outcomes = [settle(effect) for effect in EFFECTS]
         shares = [outcome.share("regressed") for outcome in outcomes]
         counts = [float(outcome.pairs.mean()) for outcome in outcomes]
-        yield Row(name, what, rule, *shares, counts[0], counts[1])
+        spread = tuple(int(count) for count in outcomes[0].pairs)
+        yield Row(trace.name, what, rule, *shares, counts[0], counts[1], spread)
     for rule, called in COMPETITORS.items():
-        yield Row(name, what, rule, *(float(called(before, after * (1 + effect)).mean()) for effect in EFFECTS), pairs)
+        powers = (float(called(before, after * (1 + effect)).mean()) for effect in EFFECTS)
+        yield Row(trace.name, what, rule, *powers, pairs)
 
 
 def stored_rows(name: str, before: Trace, after: Trace, rows: int, seed: int) -> Iterator[Row]:
     """Yield rates for runs of rounds against others of the same or another trace, not overlapping."""
-    generator, what = np.random.default_rng(seed), f"stored, {STORED_ROUNDS} rounds of {ROUND_STEPS} steps"
+    generator = np.random.default_rng(seed)
+    what = f"stored, {STORED_ROUNDS} rounds" + ("" if before.is_spark else f" of {ROUND_STEPS} steps")
     one, two = (_stored_pieces(trace) for trace in (before, after))
     first, second = _starts(len(one[0]), len(two[0]), before is after, rows, generator)
     at = [piece[first[:, None] + np.arange(STORED_ROUNDS)] for piece in one]
@@ -185,7 +215,8 @@ def _stored(at: list[Array], to: list[Array], row: int, effect: float, reference
 
 
 def _stored_pieces(trace: Trace) -> tuple[Array, Array]:
-    return rounds_of_seconds(trace.columns["wall_seconds"]), rounds_of_seconds(trace.columns["reference_seconds"])
+    wall, reference = (trace.columns[f"{name}_seconds"] for name in ("wall", "reference"))
+    return rounds_of_seconds(wall, trace.round_steps), rounds_of_seconds(reference, trace.round_steps)
 
 
 def _starts(one: int, two: int, same: bool, rows: int, generator: np.random.Generator) -> tuple[Array, Array]:
@@ -208,11 +239,69 @@ def few_rounds(rows: int) -> dict[str, float]:
     return figures
 
 
-def coverage(name: str, values: Array, rows: int) -> dict[str, float]:
+def history_series(trace: Trace, rows: int, seed: int) -> Array:
+    """Return histories (rows, entries) of rounds of seconds with nothing changed, few neighbours at a time."""
+    values = rounds_of_seconds(trace.columns["wall_seconds"], trace.round_steps)
+    return values[blocks(len(values), HISTORY_BLOCK, HISTORY, rows, np.random.default_rng(seed))]
+
+
+def history_rules() -> dict[str, Callable[[Array], Sequence[int]]]:
+    """Return what finds change points in a series; Otava's, at its defaults, where it is installed."""
+    rules: dict[str, Callable[[Array], Sequence[int]]] = {
+        "sparkgauge, change_points": lambda series: [one.index for one in stats.change_points(list(series))]
+    }
+    try:
+        from otava.analysis import compute_change_points
+    except ImportError:
+        return rules
+
+    def otava(series: Array, least: float) -> list[int]:
+        return [one.index for one in compute_change_points([float(value) for value in series], min_magnitude=least)[0]]
+
+    rules["Otava, defaults"] = partial(otava, least=0.0)
+    rules["Otava, magnitude 5 %"] = partial(otava, least=0.05)
+    return rules
+
+
+def history_rows(trace: Trace, rows: int, seed: int) -> Iterator[Row]:
+    """Yield how often a step halfway through a history is found, and in how many without one something is."""
+    series = history_series(trace, max(20, rows // SLOW_SHARE), seed)
+    for rule, find in history_rules().items():
+        rates = []
+        for effect in EFFECTS:
+            stepped = series * np.where(np.arange(HISTORY) >= STEP_AT, 1.0 + effect, 1.0)
+            found = [find(one) for one in stepped]
+            near = [any(abs(index - STEP_AT) <= NEAR for index in each) for each in found]
+            rates.append(float(np.mean(near if effect else [bool(each) for each in found])))
+        yield Row(trace.name, f"history of {HISTORY}, step at {STEP_AT}", rule, *rates)
+
+
+def real_phase_naming(trace: Trace, pairs: int, rows: int) -> dict[str, float]:
+    """Return how often 20 % more in one real phase is named, and a wrong one; neighbouring rounds of the trace."""
+    names = [name for name in records.PHASES if f"{name}_seconds" in trace.columns]
+    whole = trace.columns["wall_seconds"].mean()
+    large = [name for name in names if trace.columns[f"{name}_seconds"].mean() > LEAST_PHASE_SHARE * whole]
+    generator, figures = np.random.default_rng(11), {}
+    table = np.stack([trace.columns[f"{name}_seconds"] for name in names], axis=-1)
+    for target in large:
+        counts = {"right": 0, "wrong": 0, "none": 0}
+        for _ in range(rows):
+            picked = blocks(len(table), 2 * SPARK_BLOCK_PAIRS, 2 * pairs, 1, generator)[0].reshape(pairs, 2)
+            swapped = generator.random(pairs) < 0.5
+            picked[swapped] = picked[swapped][:, ::-1]
+            before, after = (dict(zip(names, table[picked[:, side]].T, strict=True)) for side in (0, 1))
+            found = stats.localise(before, {**after, target: after[target] * 1.2}, paired=True).named
+            counts["none" if found is None else "right" if found == target else "wrong"] += 1
+        figures |= {f"{trace.name}, +20 % in {target}, {pairs} pairs: {k}": v / rows for k, v in counts.items()}
+    return figures
+
+
+def coverage(trace: Trace, rows: int) -> dict[str, float]:
     """Return the coverage of the speed-up interval at nominal 95 %: whether it holds the truth."""
-    figures = {}
+    figures, name, values = {}, trace.name, trace.columns["wall_seconds"]
     for pairs in (10, 20, 40, 80):
-        before, after = interleaved(values, pairs, rows, np.random.default_rng(pairs))
+        generator = np.random.default_rng(pairs)
+        before, after = interleaved(values, pairs, rows, generator, block_pairs=trace.block_pairs)
         differences = np.log(after) - np.log(before)
         for rule, estimate in (
             ("interval of interleaved runs", robust.trimmed(differences, trim=0.0)),
@@ -298,10 +387,25 @@ class Trace:
     columns: dict[str, Array]
     about: dict[str, Any]
 
+    @property
+    def is_spark(self) -> bool:
+        """Return whether its steps are real training rounds."""
+        return self.about.get("kind") == "spark rounds"
+
+    @property
+    def round_steps(self) -> int:
+        """Return the steps that make a round of seconds."""
+        return 1 if self.is_spark else ROUND_STEPS
+
+    @property
+    def block_pairs(self) -> int:
+        """Return the pairs that stay together."""
+        return SPARK_BLOCK_PAIRS if self.is_spark else BLOCK_PAIRS
+
 
 def read(path: Path) -> Trace:
     """Return the trace in a file."""
-    with np.load(path) as file:
+    with np.load(path, allow_pickle=False) as file:
         columns = {name: file[name] for name in file.files if name != "about"}
         return Trace(path.stem, columns, json.loads(str(file["about"])))
 
@@ -320,13 +424,17 @@ def evaluate(traces: list[Trace], rows: int) -> tuple[list[Row], dict[str, float
     table, figures = [], few_rounds(rows)
     for number, trace in enumerate(traces):
         wall, cpu = trace.columns["wall_seconds"], trace.columns["cpu_seconds"]
-        table += interleaved_rows(trace.name, f"wall, {WALL_PAIRS} pairs", wall, WALL_PAIRS, rows, number)
-        table += interleaved_rows(trace.name, f"CPU, {CPU_PAIRS} pairs", cpu, CPU_PAIRS, rows, 100 + number)
+        table += interleaved_rows(trace, "wall", WALL_PAIRS, rows, number)
+        table += interleaved_rows(trace, "cpu", CPU_PAIRS, rows, 100 + number)
         table += stored_rows(trace.name, trace, trace, rows, 200 + number)
-        figures |= coverage(trace.name, wall, rows)
+        table += history_rows(trace, rows, 400 + number)
+        figures |= coverage(trace, rows)
+        if trace.is_spark:
+            figures |= real_phase_naming(trace, 20, max(200, rows // 8))
+            continue
         figures |= phase_naming(trace.name, "CPU", cpu, 20, max(200, rows // 8))
         figures |= phase_naming(trace.name, "wall", wall, 40, max(200, rows // 8))
-    table += between_traces(traces, rows // 4)
+    table += between_traces([trace for trace in traces if not trace.is_spark], rows // 4)
     figures |= accuracy(max(200, rows // 4))
     figures["statistics of a session of 200 tests, seconds"] = session_seconds()
     return table, figures
@@ -335,10 +443,188 @@ def evaluate(traces: list[Trace], rows: int) -> tuple[list[Row], dict[str, float
 def between_traces(traces: list[Trace], rows: int) -> Iterator[Row]:
     """Yield the mean rates over all ordered pairs of traces: the baseline was stored under another load."""
     apart = [(one, two) for one in traces for two in traces if one is not two]
+    if not apart:
+        return
     each = [list(stored_rows("", one, two, rows, 300 + number)) for number, (one, two) in enumerate(apart)]
     for same_rule in zip(*each, strict=True):
         rates = np.mean([(r.false_positives, r.power_5, r.power_10, r.power_20) for r in same_rule], axis=0)
         yield Row("one against another", same_rule[0].what, same_rule[0].rule, *(float(rate) for rate in rates))
+
+
+# ----------------------------------------------------------------------------------------------------- targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach, and what was reached: the worst of the scoring traces."""
+
+    wanted: str
+    reached: str
+    held: bool
+    where: str
+
+    def cells(self) -> list[str]:
+        """Return the printed cells."""
+        return [self.wanted, self.reached, "yes" if self.held else "no", self.where]
+
+
+def worst(rows: list[Row], rule: str, what: str, column: str, *, highest: bool) -> tuple[float, str]:
+    """Return the worst rate of ``rule`` over the rows, and the trace that has it; nan without any."""
+    found = [(getattr(row, column), row.trace) for row in rows if row.rule == rule and row.what.startswith(what)]
+    values = [(float(value), trace) for value, trace in found if value is not None]
+    return (max(values) if highest else min(values)) if values else (float("nan"), "no trace")
+
+
+def targets(table: list[Row], figures: dict[str, float], traces: list[Trace], tuned: Sequence[str]) -> list[Target]:
+    """Return the figures to reach with what the scoring traces, those not tuned on, came to."""
+    scoring = [row for row in table if row.trace not in tuned]
+    loads = {trace.name: float(trace.columns["load_average"].mean()) for trace in traces}
+    busy = [row for row in scoring if loads.get(row.trace, 0.0) >= 4.0]
+    ours, cpu = "sparkgauge, sequential", f"CPU, {CPU_PAIRS}"
+    lines = [
+        ("interleaved wall FPR at load >= 4: at most 1 %", busy, ours, "wall", "false_positives", 0.01, True),
+        ("stored FPR, rounds of seconds: at most 2 %", scoring, "sparkgauge, stored", "stored", *FPR_2),
+        ("interleaved wall +5 % in 80 pairs: at least 85 %", scoring, ours, "wall", "power_5", 0.85, False),
+        ("the same with the kernel as covariate", scoring, "sparkgauge, with kernel", "wall", "power_5", 0.85, False),
+        ("interleaved wall +10 %: at least 99 %", scoring, ours, "wall", "power_10", 0.99, False),
+        ("CPU time +5 % in 40 pairs: at least 99 %", scoring, ours, cpu, "power_5", 0.99, False),
+        ("CPU time, pairs on average at +5 %: at most 15", scoring, ours, cpu, "pairs_at_5", 15.0, True),
+    ]
+    found = [_rate_target(*line) for line in lines]
+    found += [_saved_target(scoring, "wall", WALL_PAIRS), _saved_target(scoring, "CPU", CPU_PAIRS)]
+    return found + [_figure_target(*line, figures, tuned) for line in FIGURE_TARGETS]
+
+
+ANY = float("inf")
+FPR_2 = ("false_positives", 0.02, True)
+FIGURE_TARGETS: tuple[tuple[str, tuple[str, ...], float, float], ...] = (
+    ("4 rounds a side, CV 3 %, +50 %: flagged at least 95 %", ("+50%: regressed",), 0.95, ANY),
+    ("the same: never a silent pass", ("+50%: match",), -ANY, 0.0),
+    ("20 % in one phase named, CPU: at least 95 %", ("CPU", "in one phase", ": right"), 0.95, ANY),
+    ("a wrong phase, CPU: at most 2 %", ("CPU", "in one phase", ": wrong"), -ANY, 0.02),
+    ("20 % in one phase named, wall: at least 95 %", ("wall", "in one phase", ": right"), 0.95, ANY),
+    ("a wrong phase, wall: at most 2 %", ("wall", "in one phase", ": wrong"), -ANY, 0.02),
+    ("20 % in one phase of a real round named: at least 95 %", ("+20 % in", "20 pairs: right", "spark"), 0.95, ANY),
+    ("a wrong phase of a real round: at most 2 %", ("+20 % in", "20 pairs: wrong", "spark"), -ANY, 0.02),
+    ("speed-up interval coverage: 93 to 97 %", ("coverage", "interval of interleaved"), 0.93, 0.97),
+    ("1 point of accuracy lost, caught: at least 90 %", ("1 point lost is caught",), 0.9, ANY),
+    ("the same, false alarms: at most 2 %", ("accuracy", "false alarms"), -ANY, 0.02),
+    ("statistics of a 200-test session: under 2 s", ("statistics of a session",), -ANY, 2.0),
+)
+"""What is wanted, the parts of the figures' names, and the least and most that hold."""
+
+
+def _rate_target(
+    wanted: str, rows: list[Row], rule: str, what: str, column: str, limit: float, at_most: bool
+) -> Target:
+    value, trace = worst(rows, rule, what, column, highest=at_most)
+    held = value <= limit if at_most else value >= limit
+    return Target(wanted, f"{value:.1f}" if limit > 1.0 else f"{value:.1%}", held, trace)
+
+
+def _saved_target(rows: list[Row], what: str, pairs: int) -> Target:
+    """Return the pairs saved with nothing changed, and the power that costs at +5 %, on the worst trace."""
+    by_rule = {
+        rule: {row.trace: row for row in rows if row.what.startswith(what) and row.rule == f"sparkgauge, {rule}"}
+        for rule in ("sequential", "fixed maximum")
+    }
+    both = []
+    for trace, row in by_rule["sequential"].items():
+        if trace not in by_rule["fixed maximum"]:
+            continue
+        lost = (by_rule["fixed maximum"][trace].power_5 or 0.0) - (row.power_5 or 0.0)
+        both.append((1.0 - (row.pairs_unchanged or pairs) / pairs, lost, trace))
+    saved, _, trace = min(both, default=(float("nan"), float("nan"), "no trace"))
+    lost = max((one[1] for one in both), default=float("nan"))
+    reached = f"{saved:.0%}, at most {lost * 100:.1f} points lost"
+    return Target(
+        f"{what}: at least 50 % of pairs saved, within 2 points", reached, saved >= 0.5 and lost <= 0.02, trace
+    )
+
+
+def _figure_target(
+    wanted: str, parts: tuple[str, ...], least: float, most: float, figures: dict[str, float], tuned: Sequence[str]
+) -> Target:
+    """Return the figure that misses the range furthest, or the one closest to leaving it."""
+    found = [
+        (min(value - least, most - value), value, name)
+        for name, value in figures.items()
+        if all(part in name for part in parts) and name.split(",")[0] not in tuned
+    ]
+    slack, value, name = min(found, default=(float("nan"), float("nan"), "nothing"))
+    return Target(wanted, f"{value:.2f} s" if most == 2.0 else f"{value:.1%}", slack >= 0.0, name.split(":")[0])
+
+
+# ------------------------------------------------------------------------------------------------------- plots
+
+
+def draw(table: list[Row], folder: Path) -> None:
+    """Write false positives per tool, power over effect and pairs needed as SVG files."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "sparkgauge", "font.size": 9, "svg.fonttype": "none"})
+    folder.mkdir(parents=True, exist_ok=True)
+    wall = [row for row in table if row.what.startswith("wall")]
+    traces = list(dict.fromkeys(row.trace for row in wall))
+    _draw_false_positives(wall, traces, folder / "false_positives.svg")
+    _draw_power(wall, traces, folder / "power.svg")
+    _draw_pairs(wall, traces, folder / "pairs.svg")
+
+
+def _draw_false_positives(rows: list[Row], traces: list[str], path: Path) -> None:
+    from matplotlib import pyplot
+
+    rules = [rule for rule in dict.fromkeys(row.rule for row in rows) if rule != "sparkgauge, fixed maximum"]
+    figure, axes = pyplot.subplots(figsize=(7, 3))
+    for number, rule in enumerate(rules):
+        rates = [100 * next(r.false_positives or 0 for r in rows if (r.trace, r.rule) == (t, rule)) for t in traces]
+        axes.bar(np.arange(len(traces)) + number / (len(rules) + 1), rates, 0.9 / (len(rules) + 1), label=rule)
+    axes.axhline(1.0, color="black", linewidth=0.6, linestyle="--")
+    axes.set_xticks(np.arange(len(traces)) + 0.4, traces)
+    axes.set_ylabel("false alarms, %")
+    axes.set_title(f"Nothing changed, {WALL_PAIRS} interleaved wall pairs", fontsize=9)
+    axes.legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+def _draw_power(rows: list[Row], traces: list[str], path: Path) -> None:
+    from matplotlib import pyplot
+
+    chosen = {"sparkgauge, sequential": "-", "Welch + 5 %": "--", "asv, factor 1.05": ":"}
+    figure, axes = pyplot.subplots(figsize=(7, 3))
+    for number, trace in enumerate(traces):
+        for rule, style in chosen.items():
+            row = next(one for one in rows if (one.trace, one.rule) == (trace, rule))
+            rates = [100 * (rate or 0.0) for rate in (row.false_positives, row.power_5, row.power_10, row.power_20)]
+            label = trace if style == "-" else None
+            axes.plot([100 * effect for effect in EFFECTS], rates, style, color=f"C{number}", label=label)
+    axes.set_xlabel("slowdown, %")
+    axes.set_ylabel("called slower, %")
+    axes.set_title(f"{WALL_PAIRS} wall pairs: solid sparkgauge, dashed Welch + 5 %, dotted asv 1.05", fontsize=9)
+    axes.legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+def _draw_pairs(rows: list[Row], traces: list[str], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3))
+    edges = np.linspace(0, WALL_PAIRS, 17)
+    spreads = [next(r.spread for r in rows if (r.trace, r.rule) == (t, "sparkgauge, sequential")) for t in traces]
+    axes.hist([np.minimum(one, WALL_PAIRS - 0.1) for one in spreads], bins=list(edges), label=traces)
+    axes.set_xlabel("wall pairs until the verdict, nothing changed")
+    axes.set_ylabel("resamplings")
+    axes.legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -347,12 +633,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tuned-on", nargs="*", default=[])
     parser.add_argument("--resamplings", type=int, default=2000)
+    parser.add_argument("--only", nargs="*", help="names of the traces to evaluate; all by default")
+    parser.add_argument("--plots", type=Path, help="folder for the plots")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    traces = [read(path) for path in sorted(options.folder.glob("*.npz"))]
+    paths = sorted(options.folder.glob("*.npz"))
+    traces = [read(path) for path in paths if not options.only or path.stem in options.only]
     table, figures = evaluate(traces, options.resamplings)
+    found = targets(table, figures, traces, options.tuned_on)
+    if options.plots:
+        draw(table, options.plots)
     if options.json:
-        print(json.dumps({"rows": [vars(row) for row in table], "figures": figures}, indent=1))
+        plain = [{**vars(row), "spread": None} for row in table]
+        print(json.dumps({"rows": plain, "figures": figures, "targets": [vars(one) for one in found]}, indent=1))
         return
     for trace in traces:
         print(f"- {describe(trace)}{' (the settings were chosen on it)' if trace.name in options.tuned_on else ''}")
@@ -362,6 +655,9 @@ def main() -> None:
     print()
     for what, value in figures.items():
         print(f"- {what}: {value:.3f}")
+    print()
+    for cells in (["wanted", "reached", "held", "worst on"], ["---"] * 4, *(one.cells() for one in found)):
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

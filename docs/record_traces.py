@@ -7,8 +7,12 @@ as JSON text.
 
     python docs/record_traces.py docs/traces/shared.npz --seconds 180
     python docs/record_traces.py docs/traces/loaded.npz --seconds 240 --competitors 6
+    SPARKGAUGE_DATA=... python docs/record_traces.py docs/traces/spark_quiet.npz --spark --seconds 400
 
 ``--competitors N`` starts N processes that work and rest in random bursts, as other jobs of a shared machine do.
+``--spark`` records real trainings instead: short rounds of cifar10_quick on the embedded cluster, all with one seed,
+with ``<phase>_seconds`` (means over the executors) beside the columns above; ``cpu_seconds`` are then those of the
+training processes together. ``--label`` says in the file what the machine was doing.
 """
 
 from __future__ import annotations
@@ -84,6 +88,44 @@ def record(seconds: float) -> dict[str, np.ndarray]:
     return {name: np.asarray(column, dtype=np.float64) for name, column in zip(names, np.array(rows).T, strict=True)}
 
 
+def record_spark(seconds: float, iterations: int) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """Return the columns of a trace of real rounds, taken for about ``seconds``, and what was run."""
+    import sys
+
+    from sparkgauge import selfcheck_rounds, store
+    from sparkgauge.report.progress import Progress
+
+    reference, beside = Kernel(REFERENCE_CPU_SECONDS), []
+    settings = selfcheck_rounds.Settings()
+    with selfcheck_rounds.rounds_on_spark(settings, Progress(sys.stderr), iterations=iterations) as taker:
+        rounds, end = [], time.monotonic() + seconds
+        while time.monotonic() < end:
+            beside.append((*timed(reference), os.getloadavg()[0]))
+            rounds.append(taker.take())
+        data, environment = taker.session.dataset().identity, taker.session.environment
+        about: dict[str, object] = {
+            "kind": "spark rounds",
+            "workload": taker.workload.to_dict(),
+            "data": f"{data.name} ({data.kind}), {data.train_count} + {data.test_count} images",
+            "cpu": environment.cpu_model,
+            "software": environment.software,
+        }
+    columns = dict(zip(("reference_seconds", "reference_cpu_seconds", "load_average"), np.array(beside).T, strict=True))
+    columns["wall_seconds"] = np.array([one.runtime_seconds for one in rounds])
+    columns["cpu_seconds"] = np.array([store.cpu_seconds(one) for one in rounds])
+    for phase, values in selfcheck_rounds.phase_samples(rounds).items():
+        columns[f"{phase}_seconds"] = np.array(values)
+    return columns, about
+
+
+def appended(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the columns of the trace in ``path`` with ``columns`` behind them; both must have the same ones."""
+    with np.load(path, allow_pickle=False) as file:
+        if set(file.files) - {"about"} != columns.keys():
+            raise SystemExit(f"{path} has other columns: {', '.join(file.files)}")
+        return {name: np.concatenate([file[name], values]) for name, values in columns.items()}
+
+
 def main() -> None:
     """Record a trace and print what it is like."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,13 +135,21 @@ def main() -> None:
     parser.add_argument(
         "--rest-seconds", type=float, default=REST_SECONDS, help="mean rest of a competitor; 0 for none"
     )
+    parser.add_argument("--spark", action="store_true", help="record real training rounds on a Spark cluster")
+    parser.add_argument("--iterations", type=int, default=30, help="training steps of such a round")
+    parser.add_argument("--append", action="store_true", help="add to the file a further piece of the same kind")
+    parser.add_argument("--label", default="", help="what the machine was doing, kept in the file")
     options = parser.parse_args()
     jobs = [(number, options.rest_seconds) for number in range(options.competitors)]
     processes = [multiprocessing.Process(target=compete, args=job, daemon=True) for job in jobs]
     for process in processes:
         process.start()
+    extra: dict[str, object] = {"kind": "steps"}
     try:
-        columns = record(options.seconds)
+        if options.spark:
+            columns, extra = record_spark(options.seconds, options.iterations)
+        else:
+            columns = record(options.seconds)
     finally:
         for process in processes:
             process.terminate()
@@ -111,7 +161,13 @@ def main() -> None:
         "competitors": options.competitors,
         "rest_seconds": options.rest_seconds,
         "steps": len(columns["wall_seconds"]),
+        "label": options.label,
+        "mean_load": round(float(columns["load_average"].mean()), 2),
+        **extra,
     }
+    if options.append:
+        columns = appended(options.output, columns)
+        about |= {"steps": len(columns["wall_seconds"]), "mean_load": round(float(columns["load_average"].mean()), 2)}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.output, about=np.array(json.dumps(about)), **columns)
     for name in ("wall_seconds", "cpu_seconds", "reference_seconds", "load_average"):
