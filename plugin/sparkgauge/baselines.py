@@ -219,10 +219,10 @@ def refusals(report: Report, test_id: str, stored: Baseline | None) -> list[Refu
     slowed = next((run.injections for run in runs if run.injections), None)
     if slowed:
         return [Refusal(test_id, f"was slowed down on purpose (--gauge-inject {json.dumps(slowed)})", False)]
-    if any(not run.rounds for run in runs):
+    if any(not run.valid_rounds for run in runs):
         return [Refusal(test_id, "has a training without a finished round", False)]
     reasons = [*_failures(report, test_id)]
-    fewest = min(len(run.rounds) for run in runs)
+    fewest = min(len(run.valid_rounds) for run in runs)
     if fewest < FEWEST_SAMPLES:
         reasons.append(f"has {fewest} round, which has no interval; {FEWEST_SAMPLES} are the least, 5 are advised")
     if stored is not None:

@@ -22,18 +22,28 @@ class BenchmarkTimer:
         self._entries: dict[str, Any] = {}
 
     def __call__(
-        self, label: str, workload: Workload, take: Callable[[], Round], rounds: int, warmup_rounds: int
+        self,
+        label: str,
+        workload: Workload,
+        take: Callable[[], Round],
+        rounds: int,
+        warmup_rounds: int,
+        before: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Take the rounds under the clock; return whether they were timed (not under ``--benchmark-disable``)."""
+        """Take the rounds under the clock; return whether they were timed (not under ``--benchmark-disable``).
+
+        ``before`` runs before each of them, outside the clock.
+        """
         __tracebackhide__ = True
         entry = self._entry(label)
         if entry.stats is not None:
             for _ in range(rounds):
+                before()
                 began = time.perf_counter()
                 take()
                 entry.stats.update(time.perf_counter() - began)
         else:
-            entry.pedantic(take, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
+            entry.pedantic(take, setup=before, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
         return entry.stats is not None
 
     def add(self, label: str, extra: Round) -> None:
@@ -61,7 +71,7 @@ class BenchmarkTimer:
 
 def scalars(run: RunRecord) -> dict[str, Any]:
     """Return a run's single values: what was trained, and the means over its rounds."""
-    rounds = run.rounds
+    rounds = run.valid_rounds or run.rounds
     phases = {
         f"{phase}_seconds": statistics.fmean(getattr(e.phases, phase) for one in rounds for e in one.executors)
         for phase in PHASES

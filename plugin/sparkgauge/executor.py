@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from sparkgauge.channel import ExecutorChannel
 from sparkgauge.context import Context
 from sparkgauge.job import Job
+from sparkgauge.machine import counters, jvm_above, process_cpu_seconds, state_between
 from sparkgauge.phases import PhaseClock
+from sparkgauge.records import to_json
 
 if TYPE_CHECKING:
     from sparkgauge.data.shards import Shard
@@ -31,12 +33,12 @@ def run(job: Job, rank: int, train: Train, *, prepare: Callable[[], Any] = lambd
     """
     channel = ExecutorChannel(job.address, rank)
     clock = PhaseClock(channel.driver_start)
-    cpu_before = time.process_time()
+    watch = _Watch()
     try:
         context = Context(job, rank, channel, clock, prepare())
         metrics = _checked(train(context, _open_shard(job, rank)))
         clock.switch("collect")
-        channel.send("result", **_summary(context, clock, metrics, time.process_time() - cpu_before))
+        channel.send("result", **_summary(context, clock, metrics), **watch.seen(), attempt=attempt())
         _await_release(channel)
     except BaseException as error:
         with contextlib.suppress(OSError):  # the driver may have gone; Spark reports the exception as well
@@ -44,6 +46,39 @@ def run(job: Job, rank: int, train: Train, *, prepare: Callable[[], Any] = lambd
         raise
     finally:
         channel.close()
+
+
+class _Watch:
+    """What this process, its JVM and its machine did since it was made."""
+
+    def __init__(self) -> None:
+        self._cpu_seconds = time.process_time()
+        self._jvm = jvm_above()
+        self._jvm_seconds = self._jvm_now()
+        self._counters = counters()
+
+    def seen(self) -> dict[str, Any]:
+        """Return it JSON-ready, as parts of the result message."""
+        jvm = self._jvm_now()
+        spent = None if jvm is None or self._jvm_seconds is None else jvm - self._jvm_seconds
+        return {
+            "cpu_seconds": time.process_time() - self._cpu_seconds,
+            "jvm_cpu_seconds": spent,
+            "machine": to_json(state_between(self._counters, counters())),
+        }
+
+    def _jvm_now(self) -> float | None:
+        return None if self._jvm is None else process_cpu_seconds(self._jvm)
+
+
+def attempt() -> int:
+    """Return how often Spark had tried this task before; 0 in a training process beside the task."""
+    try:
+        from pyspark import TaskContext
+    except ImportError:
+        return 0
+    task = TaskContext.get()
+    return 0 if task is None else int(task.attemptNumber())
 
 
 def _open_shard(job: Job, rank: int) -> Shard:
@@ -57,15 +92,14 @@ def _open_shard(job: Job, rank: int) -> Shard:
     return Shard.open(Path(folder), executors=job.executors, rank=rank, global_batch=job.global_batch, seed=job.seed)
 
 
-def _summary(context: Context, clock: PhaseClock, metrics: dict[str, float], cpu_seconds: float) -> dict[str, Any]:
-    seconds = clock.seconds()
+def _summary(context: Context, clock: PhaseClock, metrics: dict[str, float]) -> dict[str, Any]:
     return {
-        "phases": {name: getattr(seconds, name) for name in seconds.__dataclass_fields__},
+        "phases": to_json(clock.seconds()),
+        "phase_cpu_seconds": to_json(clock.cpu_seconds()),
         "step_seconds": context.step_seconds,
         "curve": context.curve,
         "train_images": context.train_images,
         "test_images": context.test_images,
-        "cpu_seconds": cpu_seconds,
         "metrics": metrics,
     }
 

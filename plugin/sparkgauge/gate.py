@@ -88,6 +88,8 @@ class Samples:
     """Seed of each round, in the order of the values; empty when unknown."""
     test_count: int | None = None
     """Images behind each accuracy, whose binomial noise is the least noise assumed."""
+    reference_seconds: tuple[float, ...] = ()
+    """The reference kernel's time beside each value, where it was timed for all of them; empty otherwise."""
 
     def __post_init__(self) -> None:
         if (self.unit == "fraction") != (unit_of(self.metric) == "fraction"):
@@ -203,6 +205,8 @@ class Measurement:
 
 
 Judge = Callable[[Measurement], Verdict]
+Where = Callable[[], str]
+"""Says where a regression went: see :func:`sparkgauge.attribution.attribute`."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,8 @@ class BaselineQuantity:
     """The baseline's path, as shown."""
     observer: Observer | None = None
     """Told of every verdict, with the run's samples behind it."""
+    where: Where | None = None
+    """Asked after a regression, for the verdict's text."""
     judge: Judge | None = None
     """Judges in place of this module where the other side is measured in turn with this one (``--gauge-against``)."""
 
@@ -255,9 +261,21 @@ def samples_of(run: RunRecord, metric: str, *, unit: str | None = None, better: 
     available = run_samples(run)
     if metric not in available:
         raise NotMeasuredError(f"The run measured no {metric}", expected=f"one of {', '.join(sorted(available))}")
-    return _samples(
-        metric, available[metric], tuple(one.seed for one in run.rounds), run.data.test_count, unit=unit, better=better
-    )
+    check_valid(run)
+    seeds = tuple(one.seed for one in run.valid_rounds)
+    samples = _samples(metric, available[metric], seeds, run.data.test_count, unit=unit, better=better)
+    return _with_reference(samples, available.get("reference_seconds", ()))
+
+
+def check_valid(run: RunRecord) -> None:
+    """Raise NotMeasuredError where Spark retried tasks in every round: none of them is a sample."""
+    if run.rounds and not run.valid_rounds:
+        raise NotMeasuredError(
+            f"{run.label!r} was not measured",
+            expected="at least one valid round",
+            actual=f"none of {len(run.rounds)}: {run.rounds[-1].invalid}",
+            hint="Spark's log says why the task was lost; a round with a retry is no sample.",
+        )
 
 
 def baseline_quantity(
@@ -270,6 +288,7 @@ def baseline_quantity(
     margin: float | None = None,
     why_not: str | None = None,
     observer: Observer | None = None,
+    where: Where | None = None,
     unit: str | None = None,
     better: Better | None = None,
 ) -> BaselineQuantity:
@@ -281,7 +300,10 @@ def baseline_quantity(
         # The run's own direction decides; a user's metric needs some direction here only to be stored samples at all.
         side = better or (None if metric in METRICS else "lower")
         samples = _samples(metric, values, seeds, baseline.data.test_count, unit=unit, better=side)
-        return BaselineQuantity(metric, samples, margin=margin, policy=policy, file=file, observer=observer)
+        samples = _with_reference(samples, baseline.samples.get(sample_key(label, "reference_seconds"), ()))
+        return BaselineQuantity(
+            metric, samples, margin=margin, policy=policy, file=file, observer=observer, where=where
+        )
     status: Literal["missing", "not_comparable"] = "missing"
     reason = "there is no baseline file" if baseline is None else f"the baseline file has no {key}"
     if baseline is not None and why_not is not None:
@@ -331,6 +353,8 @@ def judge(measurement: Measurement, quantity: BaselineQuantity) -> Verdict:
         verdict = _without_comparison(candidate, quantity)
     else:
         verdict = _settle(measurement, quantity.policy, partial(_against_baseline, measurement, quantity))
+    if verdict.status == "regressed" and quantity.where is not None and _is_of_time(verdict.metric):
+        verdict = dataclasses.replace(verdict, where=quantity.where())
     return _announce(measurement, verdict, quantity.observer)
 
 
@@ -360,7 +384,10 @@ def explain(verdict: Verdict) -> list[str]:
         lines.append(f"limit:    {sense} {_format_change(verdict, verdict.limit)}")
     if verdict.baseline_file:
         lines.append(f"baseline: {verdict.baseline_file}")
+    if verdict.note:
+        lines.append(f"machine:  {verdict.note}")
     lines.append(f"reason:   {verdict.reason}")
+    lines += [f"where:    {verdict.where}"] if verdict.where else []
     return [*lines, f"next:     {verdict.hint}"] if verdict.hint else lines
 
 
@@ -368,7 +395,8 @@ def explain_comparison(left: object, right: object) -> list[str] | None:
     """Return :func:`explain` for the operands of a failed assert; None when neither is a compared measurement."""
     for side in (left, right):
         if isinstance(side, Measurement) and side.verdict is not None:
-            return explain(side.verdict)
+            # pytest cuts an explanation at eight lines and 640 characters: the next command must not be what is cut
+            return [line for line in explain(side.verdict) if not line.startswith(("machine:", "where:"))]
     return None
 
 
@@ -382,7 +410,8 @@ def summary(verdict: Verdict) -> str:
         return f"{head} {_bounds_text(verdict)}, limit {format_value(verdict.limit, unit)}"
     change = f"{_change_name(verdict)} {_change_text(verdict)}, limit {_format_change(verdict, verdict.limit)}"
     counts = f"n = {verdict.candidate_count} against {verdict.baseline_count}"
-    return f"{head} against {format_value(verdict.expected, unit)}, {change} ({counts})"
+    where = f"; {verdict.where.partition(';')[0]}" if verdict.where else ""
+    return f"{head} against {format_value(verdict.expected, unit)}, {change} ({counts}){where}"
 
 
 def unit_of(metric: str) -> str:
@@ -411,16 +440,49 @@ def format_interval(interval: Interval, unit: str) -> str:
 
 
 def _settle(measurement: Measurement, policy: Policy, look: Callable[[float], Verdict]) -> Verdict:
-    """Return the verdict, taking more rounds while it is open. A sequential test can replace this one function."""
-    looks = 1
-    verdict = look(stats.confidence_at_look(policy.confidence, looks) if measurement.more else policy.confidence)
+    """Return the verdict, taking more rounds while it is open, with the error probability spent over the looks."""
+    looks, confidence = 1, policy.confidence
+    if measurement.more:
+        confidence = stats.confidence_at_look(policy.confidence, looks)
+    verdict = look(confidence)
     while verdict.status == "inconclusive" and _grown(measurement) is not None:
         looks += 1
-        verdict = look(stats.confidence_at_look(policy.confidence, looks))
+        confidence = stats.confidence_at_look(policy.confidence, looks)
+        verdict = look(confidence)
+    if verdict.status == "regressed":
+        share = (1.0 - confidence) / (1.0 - policy.confidence)
+        return dataclasses.replace(
+            verdict, p_value=min(1.0, p_by_inversion(lambda level: _excludes_no_change(look(level))) / share)
+        )
     if verdict.status == "inconclusive" and policy.inconclusive == "skip":
         # the assert holds so that the test's other asserts are reached; the plugin then reports the test as skipped
         return dataclasses.replace(verdict, passed=True)
     return verdict
+
+
+LEAST_P = 1e-12
+"""Smaller p-values are not told apart: nothing rests on them."""
+
+
+def p_by_inversion(excluded: Callable[[float], bool]) -> float:
+    """Return the one-sided p-value that a regression's intervals amount to.
+
+    ``excluded`` tells whether the interval at a confidence excludes no change on the bad side; the p-value is half of
+    the error probability at which it begins to.
+    """
+    low, high = math.log(2.0 * LEAST_P), 0.0
+    for _ in range(30):
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if excluded(1.0 - math.exp(middle)) else (middle, high)
+    return math.exp(high) / 2.0
+
+
+def _excludes_no_change(verdict: Verdict) -> bool:
+    none = verdict.limit if not verdict.baseline_count else 0.0 if unit_of(verdict.metric) == "fraction" else 1.0
+    bound = verdict.change_low if verdict.better == "lower" else verdict.change_high
+    if bound is None or none is None:
+        return False
+    return bound > none if verdict.better == "lower" else bound < none
 
 
 def _grown(measurement: Measurement) -> Samples | None:
@@ -441,13 +503,11 @@ def _against_baseline(measurement: Measurement, quantity: BaselineQuantity, conf
     assert stored is not None
     margin = policy.margin_for(candidate.metric) if quantity.margin is None else quantity.margin
     limit = stats.margin_limit(margin, better=candidate.better, scale=candidate.scale)
-    change = _change(stored, candidate, confidence)
-    no_change = 1.0 if candidate.scale == "ratio" else 0.0
-    status = stats.decide(change, limit=limit, better=candidate.better, no_change=no_change)
+    status, change, note = _decision(stored, candidate, margin, limit, confidence)
     verdict = _verdict(candidate, status, change, limit, expected=stats.mean(stored.values, scale=stored.scale))
     reason, hint = _reason(status, len(stored.values), len(candidate.values)), _HINTS[status]
     return dataclasses.replace(
-        verdict, baseline_count=len(stored.values), baseline_file=quantity.file, reason=reason, hint=hint
+        verdict, baseline_count=len(stored.values), baseline_file=quantity.file, reason=reason, hint=hint, note=note
     )
 
 
@@ -465,12 +525,48 @@ def _against_number(measurement: Measurement, number: float, confidence: float) 
     return dataclasses.replace(verdict, reason=reason, hint=_HINTS["inconclusive"] if status == "inconclusive" else "")
 
 
-def _change(stored: Samples, candidate: Samples, confidence: float) -> Interval:
+def _decision(
+    stored: Samples, candidate: Samples, margin: float, limit: float, confidence: float
+) -> tuple[Status, Interval, str]:
+    """Return status, change and what was done about the machine's state."""
     if candidate.scale == "ratio":
-        return stats.ratio_interval(stored.values, candidate.values, confidence=confidence)
+        references = _references(stored, candidate)
+        found = stats.compare_stored(
+            stored.values,
+            candidate.values,
+            *references,
+            margin=margin,
+            alpha=1.0 - confidence,
+            better=candidate.better,
+        )
+        note = found.said if _is_of_time(candidate.metric) else ""
+        return found.comparison.status, found.comparison.interval, note
     before, after, paired = _by_seed(stored, candidate)
     floor_sd = _floor_sd(stored, candidate)
-    return stats.difference_interval(before, after, confidence=confidence, floor_sd=floor_sd, paired=paired)
+    change = stats.difference_interval(before, after, confidence=confidence, floor_sd=floor_sd, paired=paired)
+    return stats.decide(change, limit=limit, better=candidate.better, no_change=0.0), change, ""
+
+
+def _references(stored: Samples, candidate: Samples) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """Return the reference kernel's times beside both sides; rates get their reciprocals, so that dividing removes the
+    machine's speed from them too; nothing for a quantity that is no time and no rate."""
+    sides = stored.reference_seconds, candidate.reference_seconds
+    if not all(sides) or not _is_of_time(candidate.metric):
+        return None, None
+    if candidate.better == "lower":
+        return sides
+    return [1.0 / one for one in sides[0]], [1.0 / one for one in sides[1]]
+
+
+def _is_of_time(metric: str) -> bool:
+    """Return whether a slower machine alone would change the metric: a time, or a rate of images."""
+    return metric.endswith("_seconds") or metric == "images_per_second"
+
+
+def _with_reference(samples: Samples, reference: tuple[float, ...]) -> Samples:
+    if len(reference) != len(samples.values) or not _is_of_time(samples.metric):
+        return samples
+    return dataclasses.replace(samples, reference_seconds=reference)
 
 
 def _by_seed(stored: Samples, candidate: Samples) -> tuple[Sequence[float], Sequence[float], bool]:

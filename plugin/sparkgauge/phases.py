@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import process_time
 
 from sparkgauge.records import PHASES, PhaseSeconds
 
@@ -15,8 +16,10 @@ class PhaseClock:
     def __init__(self, started: float | None = None) -> None:
         """Start in phase ``launch`` at ``started`` (``time.monotonic()``; now by default)."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._cpu_seconds = dict.fromkeys(PHASES, 0.0)
         self._phase = "launch"
         self._since = time.monotonic() if started is None else started
+        self._cpu_since = process_time()
 
     @property
     def phase(self) -> str:
@@ -29,7 +32,9 @@ class PhaseClock:
         spent = now - self._since
         self._seconds[self._phase] += spent
         self._seconds[phase] += 0.0  # an unknown name must not wait until the next switch to be noticed
-        self._phase, self._since = phase, now
+        cpu_now = process_time()  # of all threads: what a framework's pool computes counts too
+        self._cpu_seconds[self._phase] += cpu_now - self._cpu_since
+        self._phase, self._since, self._cpu_since = phase, now, cpu_now
         return spent
 
     def move(self, source: str, target: str, seconds: float) -> None:
@@ -57,3 +62,8 @@ class PhaseClock:
         """Return the seconds per phase up to now."""
         self.switch(self._phase)
         return PhaseSeconds(**self._seconds)
+
+    def cpu_seconds(self) -> PhaseSeconds:
+        """Return this process's CPU seconds per phase up to now; :meth:`move` leaves them where they were spent."""
+        self.switch(self._phase)
+        return PhaseSeconds(**self._cpu_seconds)

@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and check the options, so that a bad one ends the run before collection."""
     for line in MARKERS:
         config.addinivalue_line("markers", line)
+    config.pluginmanager.register(_CrashesInJunit(config), "sparkgauge-crashes")
     try:
         options.check(config.getoption, config.getini, os.environ)
         if config.option.gauge_against or config.option.gauge_serve:
@@ -117,6 +118,8 @@ def pytest_runtest_makereport(
     if gauge is not None:
         is_error = report.failed and not (call.excinfo and call.excinfo.errisinstance(AssertionError))
         gauge.session.outcomes[item.nodeid] = "error" if is_error else report.outcome
+        if is_error and call.excinfo is not None:
+            _note_crash(gauge.session, report, call.excinfo.value)
     return report
 
 
@@ -146,6 +149,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if gauge is None:
         return
     gauge.stop()
+    if gauge.crashed:
+        from sparkgauge.report.crash import exit_status
+
+        session.exitstatus = exit_status(int(session.exitstatus), len(gauge.crashed), session.testsfailed)
     if gauge.config.report_file is not None:
         from sparkgauge.report.run_json import write_session_report
 
@@ -217,6 +224,30 @@ def gpus() -> tuple[Gpu, ...]:
     from sparkgauge import gpu
 
     return gpu.detect()
+
+
+class _CrashesInJunit:
+    """Makes JUnit call a crash of the tool an error: pytest calls whatever happens in a test's code a failure."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)  # after the JUnit file's own plugin
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Change the entry of a report that :func:`_note_crash` has marked."""
+        # of set-up and teardown pytest says error itself, and closes the entry
+        if report.when == "call" and getattr(report, "sparkgauge_crashed", False):
+            from sparkgauge.report.crash import mark_as_error
+
+            mark_as_error(self._config, report)
+
+
+def _note_crash(session: GaugeSession, report: pytest.TestReport, error: BaseException) -> None:
+    from sparkgauge.report.crash import is_crash
+
+    if is_crash(error):
+        session.crashed.append(report.nodeid)
+        report.sparkgauge_crashed = True  # type: ignore[attr-defined]
 
 
 def _is_ours(item: pytest.Item) -> bool:

@@ -82,6 +82,24 @@ class PhaseSeconds:
 
 
 @dataclass(frozen=True)
+class MachineState:
+    """What an executor's machine did during a round; None stands for what the system does not expose."""
+
+    seconds: float
+    """Wall seconds that this covers: from the executor's first word to its last."""
+    load_average: float
+    """1-minute load average at the end."""
+    steal_fraction: float | None = None
+    """Share of the processors' time that the hypervisor gave to others."""
+    throttled_seconds: float | None = None
+    """Time for which a processor quota stopped the executor's cgroup."""
+    throttled_count: int | None = None
+    """Periods cut short by the quota, and throttlings by the processor's heat."""
+    swapped_bytes: int | None = None
+    """Swapped in and out, by the whole machine."""
+
+
+@dataclass(frozen=True)
 class ExecutorRecord:
     """One executor's share of a round."""
 
@@ -94,6 +112,12 @@ class ExecutorRecord:
     test_images: int
     cpu_seconds: float
     """User + system CPU time of the training process."""
+    phase_cpu_seconds: PhaseSeconds | None = None
+    """The same by phase; what a compiled step does while it waits for others counts as compute."""
+    jvm_cpu_seconds: float | None = None
+    """User + system CPU time of the Spark executor's JVM meanwhile; None where ``/proc`` does not tell."""
+    machine: MachineState | None = None
+    """None in records that were made before this was recorded."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +151,12 @@ class Round:
     """ISO 8601, UTC."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Further scalars that the user's own ``fit`` returned."""
+    reference_seconds: tuple[float, ...] = ()
+    """The reference kernel's wall seconds on each executor just before the round; empty where it was not timed."""
+    driver_cpu_seconds: float | None = None
+    """User + system CPU time of the driver, Python and JVM, during the round; None where ``/proc`` does not tell."""
+    invalid: str = ""
+    """Why this round is no sample, such as a task that Spark retried; empty for a valid one."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +178,19 @@ class RunRecord:
     injections: dict[str, float] = field(default_factory=dict)
     """Deliberate slowdown by phase (``--gauge-inject``), as a fraction; such a run never becomes a baseline."""
     schema: int = SCHEMA_VERSION
+
+    @property
+    def valid_rounds(self) -> tuple[Round, ...]:
+        """Return the rounds that are samples."""
+        return tuple(one for one in self.rounds if not one.invalid)
+
+
+@dataclass(frozen=True)
+class ExecutorShare:
+    """What a baseline keeps of one executor's share of a round."""
+
+    phases: PhaseSeconds
+    phase_cpu_seconds: PhaseSeconds | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +237,8 @@ class Baseline:
     ``launch_seconds``, ..."""
     history: tuple[PastBaseline, ...] = ()
     """What this one replaced, oldest first."""
+    executors: dict[str, tuple[tuple[ExecutorShare, ...], ...]] = field(default_factory=dict)
+    """By label, for each round, each executor's phases in order of rank; empty in files written before it was kept."""
     schema: int = SCHEMA_VERSION
 
 
@@ -225,6 +270,12 @@ class Verdict:
     """The next command."""
     passed: bool
     """Whether the assert holds under the session's policy."""
+    note: str = ""
+    """What was done about the machine's state: whether times were normalised, and what was measured to say so."""
+    where: str = ""
+    """Of a regression: the phase and executor that explain it, their share, and whether it is work or waiting."""
+    p_value: float | None = None
+    """Of a regression: one-sided probability of such samples if nothing had changed, over all looks; else None."""
 
     def __bool__(self) -> bool:
         return self.passed

@@ -16,7 +16,8 @@ from sparkgauge.channel import DriverChannel
 from sparkgauge.environment import load_average
 from sparkgauge.errors import ConfigurationError, GaugeError, TrainingError, TrainingTimeout
 from sparkgauge.job import Job, Launched
-from sparkgauge.records import CurvePoint, ExecutorRecord, PhaseSeconds, Round
+from sparkgauge.machine import process_cpu_seconds, reference_seconds
+from sparkgauge.records import CurvePoint, ExecutorRecord, MachineState, PhaseSeconds, Round, from_json
 
 POLL_SECONDS = 0.05
 """Between two looks at the Spark job while the executors are silent."""
@@ -69,6 +70,7 @@ def run_round(
     _check_portable(job)
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
     load = load_average()
+    cpu = _DriverCpu(spark_context)
     with DriverChannel("127.0.0.1" if job.loopback else "0.0.0.0", advertised_host) as channel:
         conversation = _Conversation(channel, job, timeout_seconds, on_progress)
         spark_job = _SparkJob(spark_context)
@@ -90,7 +92,21 @@ def run_round(
         finally:
             if launched is not None:
                 launched.close()
-        return conversation.round(channel.elapsed(), started_at, load)
+        finished = conversation.round(channel.elapsed(), started_at, load)
+    invalid = finished.invalid or spark_job.retries()
+    return replace(finished, driver_cpu_seconds=cpu.seconds(), invalid=invalid)
+
+
+def time_reference(spark_context: Any, executors: int) -> tuple[float, ...]:
+    """Return the reference kernel's wall seconds on each executor, all at once, as a round would keep them busy.
+
+    A task takes all cores of an executor, so that each gets one. TrainingError where Spark cannot run the job.
+    """
+    numbers = spark_context.parallelize(range(executors), executors)
+    try:
+        return tuple(numbers.map(lambda _: reference_seconds()).collect())
+    except Exception as error:
+        raise TrainingError("The reference kernel did not run", actual=_first_cause(str(error))) from error
 
 
 class _Conversation:
@@ -129,7 +145,7 @@ class _Conversation:
         """Return when every executor has sent its result; raises when the Spark job has ``failed`` before."""
         while len(self._results) < self._job.executors:
             self.pump(POLL_SECONDS)
-            if failed():
+            if failed() or reason() is not None:  # what could not even be submitted is no job that fails
                 self._collect_late_errors()
                 raise self._spark_error(reason() or "Spark reports the job as failed")
 
@@ -149,11 +165,13 @@ class _Conversation:
             load_average=load,
             started_at=started_at,
             metrics=metrics,
+            invalid=_retried_tasks(results),
         )
 
     def _executor(self, rank: int, runtime_seconds: float) -> ExecutorRecord:
         result = self._results[rank]
         phases = PhaseSeconds(**result["phases"])
+        by_cpu, machine = result.get("phase_cpu_seconds"), result.get("machine")
         # the executor's clock stops at its last word; what follows until the driver has all is collecting
         phases = replace(phases, collect=phases.collect + max(0.0, runtime_seconds - phases.total))
         return ExecutorRecord(
@@ -164,6 +182,9 @@ class _Conversation:
             train_images=result["train_images"],
             test_images=result["test_images"],
             cpu_seconds=result["cpu_seconds"],
+            phase_cpu_seconds=None if by_cpu is None else from_json(PhaseSeconds, by_cpu, "an executor's CPU seconds"),
+            jvm_cpu_seconds=result.get("jvm_cpu_seconds"),
+            machine=None if machine is None else from_json(MachineState, machine, "an executor's machine"),
         )
 
     def _receive(self, wait_seconds: float) -> None:
@@ -248,6 +269,16 @@ class _SparkJob:
             time.sleep(POLL_SECONDS / 5)
         return not running
 
+    def retries(self) -> str:
+        """Return which stages Spark tried again, or lost tasks of; empty where everything ran once."""
+        jobs = [self._tracker.getJobInfo(job) for job in self._tracker.getJobIdsForGroup(self.group)]
+        stages = [self._tracker.getStageInfo(stage) for job in jobs if job is not None for stage in job.stageIds]
+        tried = [one for one in stages if one is not None and (one.currentAttemptId > 0 or one.numFailedTasks > 0)]
+        return "; ".join(
+            f"Spark retried stage {one.stageId} (attempt {one.currentAttemptId}, {one.numFailedTasks} failed tasks)"
+            for one in tried
+        )
+
     def cancel(self) -> None:
         """Cancel the job and wait for its tasks to end."""
         self._context.cancelJobGroup(self.group)
@@ -257,6 +288,29 @@ class _SparkJob:
         jobs = self._tracker.getJobIdsForGroup(self.group)
         infos = [self._tracker.getJobInfo(job) for job in jobs]
         return [str(info.status) for info in infos if info is not None]
+
+
+class _DriverCpu:
+    """The CPU time of the driver, its Python and its JVM, since it was made."""
+
+    def __init__(self, spark_context: Any) -> None:
+        gateway = getattr(getattr(spark_context, "_gateway", None), "proc", None)
+        self._jvm = getattr(gateway, "pid", None)  # None where somebody else started the JVM
+        self._before = self._now()
+
+    def seconds(self) -> float | None:
+        """Return the seconds; None where the JVM's cannot be read."""
+        now = self._now()
+        return None if now is None or self._before is None else max(0.0, now - self._before)
+
+    def _now(self) -> float | None:
+        jvm = None if self._jvm is None else process_cpu_seconds(self._jvm)
+        return None if jvm is None else jvm + time.process_time()
+
+
+def _retried_tasks(results: list[Message]) -> str:
+    tried = [rank for rank, result in enumerate(results) if result.get("attempt", 0) > 0]
+    return f"Spark retried the task of executor {', '.join(map(str, tried))}" if tried else ""
 
 
 def _check_portable(job: Job) -> None:

@@ -13,10 +13,11 @@ from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkgauge import baselines, environment, gpu
+from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
 from sparkgauge.errors import BaselineError, ConfigurationError
-from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, summary
+from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
 from sparkgauge.job import Job
 from sparkgauge.records import (
     Approval,
@@ -29,7 +30,16 @@ from sparkgauge.records import (
     to_json,
 )
 from sparkgauge.report.progress import Progress
-from sparkgauge.store import DEFAULT_LABEL, BaselineStore, baseline_of, comparable, superseding, with_missing
+from sparkgauge.store import (
+    DEFAULT_LABEL,
+    BaselineStore,
+    baseline_of,
+    comparable,
+    run_samples,
+    sample_key,
+    superseding,
+    with_missing,
+)
 from sparkgauge.training import BaselineView, Budget, Training, pick_label
 from sparkgauge.workload import FRAMEWORKS, Workload
 
@@ -45,9 +55,15 @@ class Timer(Protocol):
     """Who times the rounds and keeps their statistics: pytest-benchmark, behind ``benchmarking.BenchmarkTimer``."""
 
     def __call__(
-        self, label: str, workload: Workload, take: Callable[[], Round], rounds: int, warmup_rounds: int
+        self,
+        label: str,
+        workload: Workload,
+        take: Callable[[], Round],
+        rounds: int,
+        warmup_rounds: int,
+        before: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Take the rounds; return whether they were timed."""
+        """Take the rounds, ``before`` each of them calling it outside the clock; return whether they were timed."""
         ...
 
     def add(self, label: str, extra: Round) -> None:
@@ -59,7 +75,10 @@ class Timer(Protocol):
         ...
 
 
-PREIMPORTS = ("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training")
+PREIMPORTS = (
+    *("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training"),
+    *("torch", "torch.distributed", "sparkgauge.adapters.torch.training"),
+)
 """What a Python task of an executor finds imported already; modules that are not installed are passed over."""
 
 
@@ -79,6 +98,8 @@ class GaugeSession:
         """The same with what they replaced."""
         self.outcomes: dict[str, str] = {}
         """How each test with trainings ended: ``passed``, ``failed`` (an assert), ``error``, ``skipped``."""
+        self.crashed: list[str] = []
+        """Tests that failed by the tool's or the cluster's fault."""
         self.speedups: dict[str, dict[str, tuple[float, ...]]] = {}
         """Raw speed-ups by test and metric: which runs were divided is known to the test alone."""
         self.opponent: Opponent | None = None
@@ -159,7 +180,7 @@ class GaugeSession:
             return run_round(
                 cluster.spark.sparkContext,
                 job,
-                _adapter(workload).launch,
+                _launcher(workload),
                 timeout_seconds=workload.timeout_seconds,
                 advertised_host=self._advertised_host(cluster),
                 on_progress=lambda p: self.progress.update(index, p.step, p.total_steps, p.images_per_second, p.loss),
@@ -167,6 +188,19 @@ class GaugeSession:
         except BaseException:
             self._clean_up(cluster)
             raise
+
+    def time_reference(self, workload: Workload) -> tuple[float, ...]:
+        """Return the reference kernel's seconds on each executor; empty where another side is measured in turn.
+
+        Pairs need none: what the machine does then, it does to both sides.
+        """
+        from sparkgauge.rounds import time_reference
+
+        if self.opponent is not None or self.server is not None:
+            return ()
+        cluster = self.cluster()
+        cluster.wait_for_executors(workload.executors)
+        return time_reference(cluster.spark.sparkContext, workload.executors)
 
     def test(self, test_id: str, timer: Timer) -> TestGauge:
         """Return what one test measures with."""
@@ -308,7 +342,7 @@ class TestGauge:
             max_rounds=max(session.config.max_rounds, workload.rounds),
             budget=self.trainings[0].budget if self.trainings else Budget(session.config.budget_seconds),
             settle=self.settle,
-            run_round=session.run_round,
+            run_round=self._referenced_round,
             describe=self._describe,
             observer=lambda verdict, samples: self._observe(training.label, verdict, samples),
         )
@@ -342,11 +376,16 @@ class TestGauge:
                 self._interleave(pending)
         finally:
             self.session.progress.finish()
-        self.session.runs.extend(self._describe(one) for one in pending)
+        runs = [self._describe(one) for one in pending]
+        self.session.runs.extend(runs)
+        for run in runs:
+            check_valid(run)
 
     @property
     def baseline(self) -> BaselineView:
-        """Return the stored side of this test's quantities."""
+        """Return the stored side of this test's quantities; BaselineError, before anything trains, for a bad file."""
+        if self.session.opponent is None and self.session.server is None:
+            self._read(self._path())
         return BaselineView(self._quantity, DEFAULT_LABEL)
 
     def training(self, label: str) -> Training | None:
@@ -381,19 +420,30 @@ class TestGauge:
         __tracebackhide__ = True
         self.session.progress.start(f"{self.test_id.rpartition('::')[2]} {training.label}", rounds)
         remaining = warmups
+        reference: tuple[float, ...] = ()
+
+        def before() -> None:
+            nonlocal reference
+            reference = self.session.time_reference(training.workload)
 
         def take() -> Round:
             nonlocal remaining
             __tracebackhide__ = True
             index = len(training.rounds)
             taken = self.session.run_round(training.workload, training.next_seed(), index, rounds)
+            taken = replace(taken, reference_seconds=reference)
             if remaining:
                 remaining -= 1
             else:
                 training.rounds.append(taken)
             return taken
 
-        training.timed = self.timer(training.label, training.workload, take, rounds, warmups)
+        training.timed = self.timer(training.label, training.workload, take, rounds, warmups, before)
+
+    def _referenced_round(self, workload: Workload, seed: int, index: int, planned: int) -> Round:
+        """Return a round beyond the planned ones, the reference kernel timed before it as before the others."""
+        reference = self.session.time_reference(workload)
+        return replace(self.session.run_round(workload, seed, index, planned), reference_seconds=reference)
 
     def _interleave(self, pending: list[Training]) -> None:
         """Take the rounds in turn, every second turn in the opposite order (A B, B A, ...), against drift."""
@@ -441,7 +491,8 @@ class TestGauge:
         if self.duel is not None:
             policy = (training or self.trainings[0]).policy if self.trainings else Policy()
             observer = partial(self._observe, label)
-            return self.duel.quantity(metric, label, policy, observer)
+            quantity = self.duel.quantity(metric, label, policy, observer)
+            return replace(quantity, where=partial(self._where_in_pairs, self.duel, label))
         if self.session.server is not None:
             return BaselineQuantity(metric, None, "missing", "the other side judges")
         path = self._path()
@@ -455,7 +506,24 @@ class TestGauge:
             policy=(training or self.trainings[0]).policy if self.trainings else Policy(),
             why_not=why_not,
             observer=lambda verdict, samples: self._observe(label, verdict, samples),
+            where=partial(self._where, stored, label),
         )
+
+    def _where(self, stored: Baseline | None, label: str) -> str:
+        """Return where a regression of one training against its baseline went; empty where the baseline cannot tell."""
+        training = self.training(label)
+        if stored is None or training is None:
+            return ""
+        own = {sample_key(label, name): name for name in run_samples(self._describe(training))}
+        before = {name: stored.samples[key] for key, name in own.items() if key in stored.samples}
+        return attribute(Side(before, stored.executors.get(label, ())), side_of(self._describe(training)))
+
+    def _where_in_pairs(self, duel: Duel, label: str) -> str:
+        training, other = self.training(label), duel.run(label)
+        if training is None or other is None:
+            return ""
+        before, after = side_of(other), side_of(self._describe(training))
+        return attribute(before, after, paired=len(before.shares) == len(after.shares))
 
     def _path(self) -> Path:
         config, session = self.session.config, self.session
@@ -529,13 +597,19 @@ def _adapter(workload: Workload) -> Any:
     return importlib.import_module(f"{FRAMEWORKS[workload.framework].module}.launch")
 
 
+def _launcher(workload: Workload) -> Any:
+    """Return the function that launches a round of ``workload``."""
+    usual = workload.launcher == FRAMEWORKS[workload.framework].launchers[0]
+    return getattr(_adapter(workload), "launch" if usual else f"launch_{workload.launcher}")
+
+
 def _portable(fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """Return ``fn`` so that executors can load it although they cannot import the module of a test.
 
     Functions of installed packages travel by name; the user's own files, and those that they import, travel whole.
     """
     found: dict[str, ModuleType] = {}
-    waiting = [_home(fn)]
+    waiting = [_home(fn), _home(getattr(fn, "__wrapped__", None))]
     while waiting:
         module = waiting.pop()
         if module is not None and module.__name__ not in found and _travels(module):

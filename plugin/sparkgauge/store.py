@@ -27,6 +27,7 @@ from sparkgauge.records import (
     Baseline,
     DataIdentity,
     Environment,
+    ExecutorShare,
     PastBaseline,
     Round,
     RunRecord,
@@ -52,8 +53,11 @@ DEFAULT_LABEL = "trained"
 LABELS_FIELD = "labels"
 """Field of a baseline's workload under which the workloads of other labels than ``trained`` are kept."""
 
-POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio")
+POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio", "reference_seconds")
 """Metrics of which a sample at or below zero was never measured."""
+
+COMPANIONS = ("reference_seconds", "cpu_seconds", "jvm_cpu_seconds", "driver_cpu_seconds")
+"""Samples that say something of the rounds beside them, and nothing of others."""
 
 PLAIN_TEST = re.compile(r"([a-z0-9_]+(?:/[a-z0-9_]+)*)\.py::([a-z0-9_]+)(?:\[([a-z0-9_-]+)\])?")
 """Test ids that turn into a file name reversibly; others get a digest in theirs."""
@@ -130,17 +134,22 @@ def sample_key(label: str, metric: str) -> str:
 
 
 def run_samples(run: RunRecord) -> dict[str, tuple[float, ...]]:
-    """Return a run's raw samples by metric, one a round: the gated metrics, what explains them, the user's own.
+    """Return a run's raw samples by metric, one a valid round: the gated metrics, what explains them, the user's own.
 
-    Phases are means over the executors; CPU seconds are sums over them. A user's metric counts when every round has it.
+    Phases and the reference kernel are means over the executors; CPU seconds are sums over them. A metric that not
+    every round has counts only where all have it.
     """
-    own = set.intersection(*(set(one.metrics) for one in run.rounds)) if run.rounds else set()
-    samples = {name: tuple(one.metrics[name] for one in run.rounds) for name in sorted(own)}
-    for phase in PHASES if all(one.executors for one in run.rounds) else ():
-        samples[f"{phase}_seconds"] = tuple(_phase_mean(one, phase) for one in run.rounds)
-    samples["cpu_seconds"] = tuple(math.fsum(e.cpu_seconds for e in one.executors) for one in run.rounds)
+    rounds = run.valid_rounds
+    own = set.intersection(*(set(one.metrics) for one in rounds)) if rounds else set()
+    samples = {name: tuple(one.metrics[name] for one in rounds) for name in sorted(own)}
+    for phase in PHASES if all(one.executors for one in rounds) else ():
+        samples[f"{phase}_seconds"] = tuple(_phase_mean(one, phase) for one in rounds)
+    samples["cpu_seconds"] = tuple(cpu_seconds(one) for one in rounds)
+    samples.update(_where_all_have_it("jvm_cpu_seconds", [_jvm_cpu_seconds(one) for one in rounds]))
+    samples.update(_where_all_have_it("driver_cpu_seconds", [one.driver_cpu_seconds for one in rounds]))
+    samples.update(_where_all_have_it("reference_seconds", [_mean(one.reference_seconds) for one in rounds]))
     for name in ("runtime_seconds", "accuracy_fraction", "images_per_second"):
-        samples[name] = tuple(getattr(one, name) for one in run.rounds)
+        samples[name] = tuple(getattr(one, name) for one in rounds)
     return samples
 
 
@@ -154,7 +163,7 @@ def baseline_of(
     first = runs[0]
     own = next((run.workload for run in runs if run.label == DEFAULT_LABEL), {})
     labels = {run.label: run.workload for run in runs if run.label != DEFAULT_LABEL}
-    seeds = {tuple(one.seed for one in run.rounds) for run in runs}
+    seeds = {tuple(one.seed for one in run.valid_rounds) for run in runs}
     samples = {sample_key(run.label, name): values for run in runs for name, values in run_samples(run).items()}
     return Baseline(
         test_id=first.test_id,
@@ -166,6 +175,15 @@ def baseline_of(
         approved=approved,
         seeds=seeds.pop() if len(seeds) == 1 else (),
         samples={**samples, **(more_samples or {})},
+        executors={run.label: executor_shares(run) for run in runs},
+    )
+
+
+def executor_shares(run: RunRecord) -> tuple[tuple[ExecutorShare, ...], ...]:
+    """Return, for each valid round, what a baseline keeps of each executor, in order of rank."""
+    return tuple(
+        tuple(ExecutorShare(e.phases, e.phase_cpu_seconds) for e in sorted(one.executors, key=lambda e: e.rank))
+        for one in run.valid_rounds
     )
 
 
@@ -175,11 +193,24 @@ def with_missing(stored: Baseline, fresh: Baseline) -> Baseline:
     Samples that are there were approved and stay. Seeds stay where both share them: they belong to all samples.
     """
     labels = {**_labels_of(fresh), **_labels_of(stored)}
+    fresh = _without_companions(fresh, of=stored)
     return dataclasses.replace(
         stored,
         workload={**stored.workload, LABELS_FIELD: labels} if labels else stored.workload,
         samples={**fresh.samples, **stored.samples},
+        executors={**fresh.executors, **stored.executors},
         seeds=stored.seeds if stored.seeds == fresh.seeds else (),
+    )
+
+
+def _without_companions(fresh: Baseline, *, of: Baseline) -> Baseline:
+    """Return ``fresh`` without what belongs to its own rounds where those of ``of`` stay: another day's machine."""
+    kept = {label for label in fresh.executors if sample_key(label, "runtime_seconds") in of.samples}
+    companions = {sample_key(label, name) for label in kept for name in COMPANIONS}
+    return dataclasses.replace(
+        fresh,
+        samples={key: values for key, values in fresh.samples.items() if key not in companions},
+        executors={label: shares for label, shares in fresh.executors.items() if label not in kept},
     )
 
 
@@ -214,6 +245,7 @@ def generations(baseline: Baseline) -> list[Baseline]:
             environment=dataclasses.replace(baseline.environment, software=one.software),
             seeds=one.seeds,
             samples=one.samples,
+            executors={},
             history=(),
         )
         for one in baseline.history
@@ -455,8 +487,27 @@ def _labels_of(baseline: Baseline) -> dict[str, Any]:
     return labels if isinstance(labels, dict) else {}
 
 
+def cpu_seconds(one: Round) -> float:
+    """Return the CPU seconds of all training processes of a round."""
+    return math.fsum(executor.cpu_seconds for executor in one.executors)
+
+
 def _phase_mean(one: Round, phase: str) -> float:
     return math.fsum(getattr(executor.phases, phase) for executor in one.executors) / len(one.executors)
+
+
+def _jvm_cpu_seconds(one: Round) -> float | None:
+    known = [executor.jvm_cpu_seconds for executor in one.executors if executor.jvm_cpu_seconds is not None]
+    return math.fsum(known) if known and len(known) == len(one.executors) else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _where_all_have_it(name: str, values: Sequence[float | None]) -> dict[str, tuple[float, ...]]:
+    known = tuple(value for value in values if value is not None)
+    return {name: known} if known and len(known) == len(values) else {}
 
 
 def _data_text(data: DataIdentity) -> str:

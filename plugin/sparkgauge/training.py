@@ -32,7 +32,7 @@ class Budget:
         return seconds <= self.seconds
 
 
-@dataclass
+@dataclass(repr=False)
 class Training:
     """What ``train(...)`` returns: the rounds are run when a result is first asked for, or when the test ends.
 
@@ -56,6 +56,11 @@ class Training:
     rounds_at_once: int = 1
     """Rounds that one more sample costs: 2 where each has its counterpart on the other side (``--gauge-against``)."""
     on_extra_round: Callable[[Round], None] = field(default=lambda extra: None, repr=False)
+
+    def __repr__(self) -> str:
+        workload = self.workload
+        what = f"{workload.framework} {workload.model} on {workload.executors} x {workload.device}"
+        return f"<training {self.label!r}: {what}, {len(self.rounds)} of {workload.rounds} rounds>"
 
     @property
     def runtime(self) -> Measurement:
@@ -111,15 +116,20 @@ class Training:
         return Measurement(own, more=more, policy=self.policy, observer=self.observer)
 
     def _take_one_more(self) -> bool:
+        """Return whether one more valid round was taken; what Spark retried is kept and does not count."""
+        while self._allows_one_more():
+            began = time.monotonic()
+            extra = self.run_round(self.workload, self.next_seed(), len(self.rounds), len(self.rounds) + 1)
+            self.budget.spend(time.monotonic() - began)
+            self.rounds.append(extra)
+            self.on_extra_round(extra)
+            if not extra.invalid:
+                return True
+        return False
+
+    def _allows_one_more(self) -> bool:
         expected = self.rounds_at_once * max(one.runtime_seconds for one in self.rounds)
-        if len(self.rounds) >= self.max_rounds or not self.budget.allows(expected):
-            return False
-        began = time.monotonic()
-        extra = self.run_round(self.workload, self.next_seed(), len(self.rounds), len(self.rounds) + 1)
-        self.budget.spend(time.monotonic() - began)
-        self.rounds.append(extra)
-        self.on_extra_round(extra)
-        return True
+        return len(self.rounds) < self.max_rounds and self.budget.allows(expected)
 
 
 class BaselineView:
@@ -132,6 +142,9 @@ class BaselineView:
     def __init__(self, quantity: Callable[[str, str], Any], label: str) -> None:
         """``quantity(metric, label)`` returns a :class:`~sparkgauge.gate.BaselineQuantity`."""
         self._quantity, self._label = quantity, label
+
+    def __repr__(self) -> str:
+        return f"<baseline of {self._label!r}>"
 
     def __getitem__(self, label: str) -> BaselineView:
         return BaselineView(self._quantity, label)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparkgauge
@@ -30,7 +32,7 @@ from sparkgauge.against.child import (
     has_own_code,
     mirrored_paths,
 )
-from sparkgauge.against.duel import Duel, Order, paired_decision
+from sparkgauge.against.duel import Duel, Order, PairedDecision, PairPlan, paired_decision
 from sparkgauge.against.explain import explanation
 from sparkgauge.against.opponent import Invocation, Opponent, OpponentError
 from sparkgauge.against.server import Abandoned, Server
@@ -41,6 +43,7 @@ from sparkgauge.config import GaugeConfig
 from sparkgauge.errors import ConfigurationError, GaugeError, NotMeasuredError
 from sparkgauge.gate import Measurement, Policy, samples_of
 from sparkgauge.records import DataIdentity, Environment, ExecutorRecord, PhaseSeconds, Round, RunRecord, to_json
+from sparkgauge.training import Budget
 
 TEST_ID = "bench/test_own.py::test_gated"
 ANSWER_SECONDS = 20.0
@@ -297,6 +300,8 @@ class FakeTraining:
     rounds: list[Round] = dataclasses.field(default_factory=list)
     timed: bool = False
     rounds_at_once: int = 1
+    max_rounds: int = 3
+    budget: Budget = dataclasses.field(default_factory=lambda: Budget(100.0))
     run_round: Callable[..., Round] = lambda workload, seed, index, planned: make_round(seed)
 
     def next_seed(self) -> int:
@@ -467,6 +472,75 @@ def test_pairs_remove_what_both_sides_share(after: tuple[float, ...], better: An
     assert decision.status == status
 
 
+PAIRS = st.lists(
+    st.tuples(st.floats(min_value=0.1, max_value=1e3), st.floats(min_value=0.1, max_value=1e3)), min_size=2, max_size=9
+)
+LOOKS: dict[str, Any] = {"margin": 0.1, "confidence": 0.95, "plan": PairPlan(2, 9)}
+MIRRORED = {"regressed": "improved", "improved": "regressed"}
+
+
+def decide_pairs(pairs: list[tuple[float, float]], better: Any = "lower", **parts: Any) -> PairedDecision:
+    before, after = zip(*pairs, strict=True)
+    return paired_decision(before, after, better=better, scale="ratio", **{**LOOKS, **parts})
+
+
+@settings(deadline=None)
+@given(PAIRS)
+def test_swapping_the_sides_of_pairs_mirrors_the_verdict(pairs: list[tuple[float, float]]) -> None:
+    one, other = decide_pairs(pairs), decide_pairs([(b, a) for a, b in pairs])
+    # what is not worse may also be better: "match" is the one-sided verdict and has no mirror image of its own
+    if one.status in MIRRORED:
+        assert other.status == MIRRORED[one.status] or other.pairs < one.pairs
+    rates = decide_pairs([(1.0 / a, 1.0 / b) for a, b in pairs], better="higher")
+    assert (rates.status, rates.pairs) == (one.status, one.pairs)
+
+
+@settings(deadline=None)
+@given(PAIRS, st.floats(min_value=1e-3, max_value=1e3))
+def test_verdicts_on_pairs_do_not_depend_on_the_unit(pairs: list[tuple[float, float]], unit: float) -> None:
+    assert decide_pairs([(a * unit, b * unit) for a, b in pairs]).status == decide_pairs(pairs).status
+
+
+@settings(deadline=None)
+@given(PAIRS, st.floats(min_value=1.0, max_value=20.0))
+def test_a_larger_slowdown_of_pairs_never_turns_regressed_into_match(
+    pairs: list[tuple[float, float]], slowdown: float
+) -> None:
+    if decide_pairs(pairs).status == "regressed":
+        assert decide_pairs([(a, b * slowdown) for a, b in pairs]).status == "regressed"
+
+
+def test_the_looks_at_pairs_are_planned_and_spend_the_error_probability() -> None:
+    steady = [(2.0, 2.0 * factor) for factor in (1.3, 1.31, 1.29, 1.3, 1.31, 1.3, 1.29, 1.3)]
+    early = decide_pairs(steady, plan=PairPlan(3, 8))
+    assert (early.status, early.pairs) == ("regressed", 3), "later pairs are not looked at once it is decided"
+    assert early.p_value is not None and early.p_value < 0.025
+    whole = decide_pairs(steady, plan=PairPlan(8, 8))
+    assert (whole.status, whole.pairs) == ("regressed", 8)
+    assert early.change.confidence == whole.change.confidence == 0.95
+    # a look that is followed by others has a wider interval than the same pairs have as the only look
+    alone = decide_pairs(steady[:3], plan=PairPlan(3, 3)).change
+    assert early.change.low < alone.low < alone.high < early.change.high
+    waiting = decide_pairs(steady[:2], plan=PairPlan(3, 8))
+    assert (waiting.status, waiting.change.is_bounded, waiting.p_value) == ("inconclusive", False, None)
+    assert waiting.change.estimate == pytest.approx(1.305, rel=1e-3)
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 5), (5, 4), (0, 0)])
+def test_plans_that_make_no_sense_are_refused(first: int, last: int) -> None:
+    with pytest.raises(ConfigurationError, match="Bad plan of pairs"):
+        PairPlan(first, last)
+
+
+def test_false_alarms_stay_rare_over_all_looks_at_pairs() -> None:
+    generator = random.Random(7)
+    alarms = 0
+    for _ in range(200):
+        pairs = [(math.exp(generator.gauss(0, 0.1)), math.exp(generator.gauss(0, 0.1))) for _ in range(9)]
+        alarms += decide_pairs(pairs, margin=0.0).status == "regressed"
+    assert alarms <= 10  # 2.5 % of 200 is 5; the seed is fixed
+
+
 def test_accuracies_are_no_surer_than_the_test_set() -> None:
     parts: Any = {"better": "higher", "scale": "difference", "margin": 0.01, "confidence": 0.95}
     before, after = (0.70, 0.71, 0.72), (0.701, 0.711, 0.7212)
@@ -585,6 +659,19 @@ def test_undecided_pairs_never_just_pass(policy: Any, passed: bool) -> None:
     )
     verdict = measure(1.0, 2.0, 4.0) <= quantity
     assert (verdict.status, verdict.passed) == ("inconclusive", passed)
+
+
+def test_a_pair_with_a_retried_round_is_no_pair() -> None:
+    opponent = FakeOpponent(willing())
+    duel = fight(opponent, rounds=0)
+    training = FakeTraining("trained")
+    duel.attach(training)  # type: ignore[arg-type]
+    duel.pair("trained", 1, lambda: training.rounds.append(make_round(1)))
+    duel.pair("trained", 2, lambda: training.rounds.append(dataclasses.replace(make_round(2), invalid="retried")))
+    own, other = make_run("trained", *training.rounds), duel.run("trained")
+    assert other is not None
+    assert [one.seed for one in own.valid_rounds] == [one.seed for one in other.valid_rounds] == [1]
+    assert other.rounds[1].invalid == "its counterpart is no sample: retried"
 
 
 def test_speedups_are_compared_pair_by_pair() -> None:

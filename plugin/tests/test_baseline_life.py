@@ -17,6 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plugin.tests import made_up
+from plugin.tests.made_up import DATA, make_round
+from plugin.tests.made_up import MACHINE as ENVIRONMENT
 from sparkgauge import baselines
 from sparkgauge.baselines import Report, Stored
 from sparkgauge.errors import BaselineError, ConfigurationError
@@ -24,11 +27,6 @@ from sparkgauge.gate import Measurement, Policy, baseline_quantity, judge_number
 from sparkgauge.records import (
     Approval,
     Baseline,
-    DataIdentity,
-    Environment,
-    ExecutorRecord,
-    PhaseSeconds,
-    Round,
     RunRecord,
     Verdict,
     from_json,
@@ -40,22 +38,24 @@ from sparkgauge.report.run_json import write_run_report
 from sparkgauge.store import LONGEST_HISTORY, BaselineStore, baseline_of, generations, parse, superseding, with_missing
 
 TEST_ID = "perf/test_a.py::test_quick"
-ENVIRONMENT = Environment("linux-2c", "CPU", 2, 8 << 30, (), "Linux", {"python": "3.11", "spark": "4.0"})
-DATA = DataIdentity("cifar10", "real", "ab" * 32, 50_000, 10_000)
 NOW = datetime.datetime(2026, 7, 1, tzinfo=datetime.timezone.utc)
 RECENT = Approval("me", "2026-06-30T00:00:00+00:00", "first")
 
 
 def make_run(factor: float = 1.0, rounds: int = 4, **fields: Any) -> RunRecord:
     """Return a run whose rounds take about 10 s times ``factor``."""
-    phases = PhaseSeconds(launch=1.0, compute=8.0 * factor, evaluate=1.0)
-    executors = (ExecutorRecord(0, "localhost", phases, (0.1,), 500, 50, 4.0),)
-    taken = tuple(
-        Round(seed, (10.0 + seed / 10) * factor, 0.70 + seed / 1000, 1000.0, executors, (), 0.5, "2026-06-30T00:00:00Z")
+    taken = [
+        make_round(
+            seed,
+            (10.0 + seed / 10) * factor,
+            accuracy_fraction=0.70 + seed / 1000,
+            launch=1.0,
+            compute=8.0 * factor,
+            evaluate=1.0,
+        )
         for seed in range(1, rounds + 1)
-    )
-    run = RunRecord(TEST_ID, "trained", {"model": "quick"}, "ci", DATA, ENVIRONMENT, "abc", taken)
-    return dataclasses.replace(run, **fields)
+    ]
+    return made_up.make_run(*taken, **{"rounds": tuple(taken), **fields})
 
 
 def make_baseline(factor: float = 1.0, approved: Approval = RECENT, **fields: Any) -> Baseline:
@@ -110,7 +110,7 @@ def test_an_update_keeps_the_old_generation() -> None:
     assert (past.approved, past.commit, past.seeds) == (old.approved, old.commit, old.seeds)
     assert (past.samples, past.software) == (old.samples, ENVIRONMENT.software)
     assert generations(both) == [
-        dataclasses.replace(old, samples=dict(sorted(old.samples.items()))),
+        dataclasses.replace(old, samples=dict(sorted(old.samples.items())), executors={}),
         dataclasses.replace(new, history=()),
     ]
     assert superseding(None, new) is new
@@ -761,6 +761,7 @@ class Data:
 
 GaugeSession.run_round = run_round
 GaugeSession.prepare = lambda self, workload: None
+GaugeSession.time_reference = lambda self, workload: (0.1,)
 GaugeSession.environment = ENVIRONMENT
 GaugeSession.dataset = lambda self, source=None: Data()
 TestGauge._check_installed = lambda self, workload: None

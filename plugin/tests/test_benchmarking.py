@@ -24,16 +24,27 @@ class Fixture:
         self.disabled = disabled
         self._mode: str | None = None
 
-    def pedantic(self, target: Callable[[], Round], *, rounds: int, warmup_rounds: int, iterations: int) -> Round:
+    def pedantic(
+        self,
+        target: Callable[[], Round],
+        *,
+        setup: Callable[[], None],
+        rounds: int,
+        warmup_rounds: int,
+        iterations: int,
+    ) -> Round:
         assert iterations == 1 and self._mode is None  # once per fixture
         self._mode = "pedantic"
         if not self.disabled:
             self.stats = Stats()
             for _ in range(warmup_rounds):
+                setup()
                 target()
             for _ in range(rounds - 1):
+                setup()
                 self.stats.update(target().runtime_seconds)
             self.stats.update(1.0)
+        setup()
         return target()
 
 

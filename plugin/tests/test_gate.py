@@ -45,7 +45,7 @@ from sparkgauge.records import (
     from_json,
     to_json,
 )
-from sparkgauge.store import baseline_of
+from sparkgauge.store import baseline_of, parse
 
 STEADY = (10.0, 10.1, 9.9, 10.05, 9.95)
 NOISY = (10.0, 14.0, 8.0)
@@ -480,7 +480,10 @@ def test_explanation_of_a_regression_is_complete() -> None:
         assert part in text
     assert "baseline: baselines/x/test.ci.json" in text
     assert lines[-1].startswith("next:     --gauge-update all")
-    assert explain_comparison(measurement, quantity) == explain_comparison(quantity, measurement) == lines
+    # pytest cuts after eight lines: what an assert leaves out stands in the report
+    shown = [line for line in lines if not line.startswith("machine:")]
+    assert explain_comparison(measurement, quantity) == explain_comparison(quantity, measurement) == shown
+    assert len(shown) == len(lines) - 1 == 8
 
 
 def test_explanation_of_a_lost_accuracy_is_in_points() -> None:
@@ -547,6 +550,77 @@ def test_every_verdict_is_complete_and_storable(a: list[float], b: list[float]) 
     assert verdict.reason
     assert all(explain(verdict))
     assert verdict.passed == (verdict.status in ("match", "improved"))
+
+
+@settings(deadline=None)
+@given(TIMES, TIMES, st.floats(min_value=1e-3, max_value=1e3), st.randoms())
+def test_verdicts_do_not_depend_on_units_order_or_a_second_look(
+    a: list[float], b: list[float], unit: float, generator: random.Random
+) -> None:
+    quantity = stored(seconds(*a))
+    first = Measurement(seconds(*b)) <= quantity
+    assert (Measurement(seconds(*b)) <= quantity) == first
+    other_unit = Measurement(seconds(*(value * unit for value in b))) <= stored(seconds(*(v * unit for v in a)))
+    shuffled = Measurement(seconds(*generator.sample(b, len(b)))) <= stored(seconds(*generator.sample(a, len(a))))
+    assert first.status == other_unit.status == shuffled.status
+
+
+@settings(deadline=None)
+@given(TIMES, TIMES)
+def test_swapping_the_sides_mirrors_the_verdict(a: list[float], b: list[float]) -> None:
+    one, other = Measurement(seconds(*b)) <= stored(seconds(*a)), Measurement(seconds(*a)) <= stored(seconds(*b))
+    assert (one.status == "regressed") == (other.status == "improved")
+    assert (one.status == "improved") == (other.status == "regressed")
+
+
+def beside(values: tuple[float, ...], reference: tuple[float, ...]) -> Samples:
+    return dataclasses.replace(seconds(*values), reference_seconds=reference)
+
+
+def test_normalising_is_done_where_it_helps_and_said() -> None:
+    speeds = (1.0, 1.4, 0.8, 1.2, 1.1, 0.9)
+    before = beside(tuple(10.0 * s * (1 + i / 1000) for i, s in enumerate(speeds)), tuple(0.1 * s for s in speeds))
+    again = beside(tuple(10.0 * s * (1 - i / 1000) for i, s in enumerate(speeds)), tuple(0.1 * s for s in speeds))
+    plain = Measurement(seconds(*again.values)) <= stored(seconds(*before.values))
+    assert (plain.status, "not normalised: no reference kernel" in plain.note) == ("inconclusive", True)
+    verdict = Measurement(again) <= stored(before)
+    assert verdict.status == "match"
+    assert verdict.note.startswith("normalised: the noise of wall time is ")
+    assert any(line.startswith("machine:  normalised: ") for line in explain(verdict))
+    half = Measurement(beside(again.values, again.reference_seconds)) <= stored(seconds(*before.values))
+    assert half.status == "inconclusive"  # a baseline that was written before is compared as before
+
+
+def test_a_machine_in_another_state_widens_the_interval() -> None:
+    before = beside(STEADY, (0.1, 0.101, 0.1, 0.099, 0.1))
+    slower = beside(tuple(1.3 * value for value in STEADY), (0.13, 0.131, 0.13, 0.129, 0.13))
+    verdict = Measurement(slower) <= stored(before)
+    assert verdict.status == "inconclusive"
+    assert "the reference kernel took 1.30 times as long as at the baseline" in verdict.note
+    assert (Measurement(seconds(*slower.values)) <= stored(seconds(*STEADY))).status == "regressed"
+
+
+def test_rates_are_normalised_the_other_way_round() -> None:
+    speeds = (1.0, 1.4, 0.8, 1.2, 1.1, 0.9)
+    reference = tuple(0.1 * s for s in speeds)
+
+    def rates(sign: float) -> Samples:
+        values = tuple(1000.0 / s * (1 + sign * i / 1000) for i, s in enumerate(speeds))
+        return Samples(values, "images_per_second", "images/s", "higher", reference_seconds=reference)
+
+    assert (Measurement(rates(1.0)) >= stored(rates(-1.0))).status == "match"
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((Path(__file__).parents[2] / "baselines").glob("*/*.json")), ids=lambda p: p.stem
+)
+def test_baselines_written_before_stay_readable_and_comparable(folder: Path) -> None:
+    baseline = parse(folder.read_bytes(), where=str(folder))
+    for key, values in baseline.samples.items():
+        label, _, metric = key.rpartition(".")
+        if metric == "runtime_seconds":
+            quantity = baseline_quantity(baseline, metric, label=label or "trained", file="f", policy=Policy())
+            assert (Measurement(seconds(*values)) <= quantity).status in ("match", "inconclusive")
 
 
 def test_false_alarms_stay_rare_with_rounds_on_demand() -> None:

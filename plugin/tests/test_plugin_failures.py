@@ -248,7 +248,8 @@ def failing(cache: Path) -> Finished:
     project = Project(cache / "failing", cache).write(test_failures=FAILURES, fits=FITS)
     _damage(project)
     (project.folder / "dangling").symlink_to(cache / "nowhere" / "at-all")
-    finished = project.run(*COMMON, "--gauge-executors", "2", "--gauge-update", "new", name="run")
+    junit = ["--junitxml", str(cache / "failing-run" / "junit.xml")]
+    finished = project.run(*COMMON, *junit, "--gauge-executors", "2", "--gauge-update", "new", name="run")
     assert finished.status == 2, finished.output  # pytest's own for an interrupted session
     return finished
 
@@ -279,20 +280,39 @@ def test_a_killed_executor_fails_its_test_only(failing: Finished) -> None:
         ("test_nan_accuracy", "metric 'accuracy_fraction' is nan, not a finite number"),
         ("test_nan_loss", "the training loss is nan at step 1"),
         ("test_no_accuracy", "The training function of 'custom' reported no accuracy"),
-        (
-            "test_baseline[newer]",
-            "The baseline was written by a newer sparkgauge: expected schema 1 or older, got schema 2",
-        ),
-        ("test_baseline[nan]", "NaN, which is no finite number"),
-        ("test_baseline[empty]", "got an empty list, in "),
-        ("test_baseline[none]", "expected JSON in UTF-8"),
-        ("test_baseline[folder]", "expected a regular file"),
         ("test_full_disk", "Cannot write the baseline: got File too large"),
         ("test_folder_that_cannot_be_made", "Cannot write the baseline: got File exists"),
     ],
 )
 def test_what_cannot_be_measured_or_stored_fails(name: str, said: str, failing: Finished) -> None:
     assert said in failing.text(name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("newer", "The baseline was written by a newer sparkgauge: expected schema 1 or older, got schema 2"),
+        ("nan", "NaN, which is no finite number"),
+        ("empty", "got an empty list, in "),
+        ("none", "expected JSON in UTF-8"),
+        ("folder", "expected a regular file"),
+    ],
+)
+def test_an_unreadable_baseline_is_an_error_before_anything_is_trained(
+    damage: str, said: str, failing: Finished
+) -> None:
+    report = failing.report(f"test_baseline[{damage}]", "setup")
+    assert report.outcome == "failed" and said in report.text
+    table = failing.output.partition("= sparkgauge =")[2].partition("baseline unreadable")[0]
+    assert "test_baseline[" not in table  # no round was taken
+
+
+def test_junit_tells_a_crash_from_a_failure(failing: Finished) -> None:
+    lost, raised = failing.junit["test_killed"], failing.junit["test_exception"]
+    assert lost.find("failure") is None
+    error = lost.find("error")
+    assert error is not None and "was lost during training" in error.attrib["message"]
+    assert raised.find("error") is None and raised.find("failure") is not None
 
 
 def test_nothing_is_left_half_written(failing: Finished) -> None:

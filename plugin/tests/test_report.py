@@ -85,6 +85,18 @@ def test_at_80_columns_the_name_has_its_own_line() -> None:
     assert lines[4].endswith("match")
 
 
+def test_columns_are_left_out_before_a_figure_is_cut() -> None:
+    slow = make_run(123.456)
+    row = dataclasses.replace(row_from(slow, [verdict_of(slow)]), runtime="1,234.5 s ±123.4", change="+12,345.6 %")
+    for width, kept in ((80, True), (60, False), (52, False)):
+        header, _, _, line = render_table([dataclasses.replace(row, test="test_a")], width)[1:]
+        assert "1,234.5 s ±123.4" in line and "+12,345.6 %" in line and line.endswith("regressed")
+        assert "..." not in line and len(line) <= width
+        assert ("executors" in header) == kept
+    wide = render_table([row_from(slow, [verdict_of(slow)])], 200)
+    assert "images/s" in wide[0]
+
+
 def test_synthetic_data_is_said_in_every_row_at_every_width() -> None:
     run = make_run(kind="synthetic", test_id="test_" + "x" * 300, label="gpu")
     for width in (80, 120, 200):

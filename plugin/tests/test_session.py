@@ -21,7 +21,7 @@ from sparkgauge import session as sessions
 from sparkgauge import speedup
 from sparkgauge.config import GaugeConfig
 from sparkgauge.data import Dataset
-from sparkgauge.errors import BaselineError, ClusterError, ConfigurationError
+from sparkgauge.errors import BaselineError, ClusterError, ConfigurationError, NotMeasuredError
 from sparkgauge.records import Round, RunRecord
 from sparkgauge.report.progress import Progress
 from sparkgauge.session import GaugeSession, TestGauge
@@ -50,6 +50,9 @@ class Session(GaugeSession):
     def prepare(self, workload: Workload) -> None:
         self.prepared.append(len(self.taken))
 
+    def time_reference(self, workload: Workload) -> tuple[float, ...]:
+        return (0.1, 0.1)
+
     def run_round(self, workload: Workload, seed: int, index: int, planned: int) -> Round:
         self.taken.append((workload.model, seed))
         factor = 2.0 if workload.model == "cifar10_tutorial" else 1.0
@@ -64,9 +67,16 @@ class Timer:
         self.described: list[tuple[str, str]] = []
 
     def __call__(
-        self, label: str, workload: Workload, take: Callable[[], Round], rounds: int, warmup_rounds: int
+        self,
+        label: str,
+        workload: Workload,
+        take: Callable[[], Round],
+        rounds: int,
+        warmup_rounds: int,
+        before: Callable[[], None] = lambda: None,
     ) -> bool:
         for _ in range(rounds + warmup_rounds):
+            before()
             take()
         return True
 
@@ -415,3 +425,51 @@ def test_paths_are_shown_from_the_current_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     assert sessions._shown(tmp_path / "baselines" / "a.json") == "baselines/a.json"
     assert sessions._shown(tmp_path.parent / "a.json") == str(tmp_path.parent / "a.json")
+
+
+# ---- rounds that are no samples, baselines that cannot be read, and what a failing assert prints
+
+
+def test_a_retried_round_is_no_sample(make: Callable[..., TestGauge], monkeypatch: pytest.MonkeyPatch) -> None:
+    gauge = make()
+    honest = gauge.session.run_round
+
+    def run_round(workload: Workload, seed: int, index: int, planned: int) -> Round:
+        return replace(honest(workload, seed, index, planned), invalid="Spark retried stage 3" if seed == 2 else "")
+
+    monkeypatch.setattr(gauge.session, "run_round", run_round)
+    training = quick(gauge)
+    assert training.runtime.samples.values == (2.00, 1.98)
+    assert training.runtime.samples.seeds == (1, 3)
+    assert training.runtime.samples.reference_seconds == (0.1, 0.1)
+    assert len(training.rounds) == 3  # kept, for the report
+
+
+def test_without_a_valid_round_the_test_fails(make: Callable[..., TestGauge], monkeypatch: pytest.MonkeyPatch) -> None:
+    gauge = make()
+    honest = gauge.session.run_round
+    monkeypatch.setattr(
+        gauge.session, "run_round", lambda *arguments: replace(honest(*arguments), invalid="Spark retried stage 3")
+    )
+    quick(gauge)
+    with pytest.raises(NotMeasuredError, match="at least one valid round, got none of 3: Spark retried stage 3"):
+        gauge.settle()  # also where nobody looks at a result
+
+
+def test_an_unreadable_baseline_is_told_before_anything_is_trained(make: Callable[..., TestGauge]) -> None:
+    gauge = make()
+    path = gauge._path()
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(BaselineError, match="Unreadable baseline"):
+        _ = gauge.baseline
+    assert gauge.session.taken == []
+    assert make(update="all").baseline is not None  # about to be replaced
+
+
+def test_reprs_are_one_short_line(make: Callable[..., TestGauge]) -> None:
+    gauge = make()
+    training = quick(gauge)
+    assert repr(training) == "<training 'trained': tensorflow cifar10_quick on 2 x cpu, 0 of 3 rounds>"
+    assert repr(gauge.baseline) == "<baseline of 'trained'>"
+    assert repr(gauge.baseline["gpu"]) == "<baseline of 'gpu'>"

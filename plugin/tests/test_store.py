@@ -14,16 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plugin.tests import made_up
+from plugin.tests.made_up import DATA, make_round
+from plugin.tests.made_up import MACHINE as ENVIRONMENT
 from sparkgauge.errors import BaselineError, ConfigurationError
 from sparkgauge.records import (
     SCHEMA_VERSION,
     Approval,
     Baseline,
-    DataIdentity,
-    Environment,
-    ExecutorRecord,
-    PhaseSeconds,
-    Round,
     RunRecord,
     to_json,
 )
@@ -39,8 +37,6 @@ from sparkgauge.store import (
     with_missing,
 )
 
-ENVIRONMENT = Environment("linux-x86_64-2c", "Some CPU", 2, 8 << 30, (), "Linux", {"python": "3.11"})
-DATA = DataIdentity("cifar10", "real", "ab" * 32, 50_000, 10_000)
 WORKLOAD: dict[str, Any] = {"framework": "tensorflow", "model": "cifar10_quick", "executors": 2}
 APPROVAL = Approval("me", "2026-11-22T00:00:00Z", "first")
 TEST_ID = "perf/test_tensorflow.py::test_quick"
@@ -48,14 +44,12 @@ TEST_ID = "perf/test_tensorflow.py::test_quick"
 
 def make_run(label: str = "trained", seeds: tuple[int, ...] = (1, 2, 3), **fields: Any) -> RunRecord:
     """Return a run of two executors whose rounds take 10.0, 10.1, ... seconds."""
-    phases = PhaseSeconds(launch=1.0, compute=8.0, evaluate=1.0)
-    executors = tuple(ExecutorRecord(rank, "localhost", phases, (0.1,), 500, 50, 4.0) for rank in (0, 1))
-    rounds = tuple(
-        Round(seed, 10.0 + i / 10, 0.7 + i / 100, 1000.0 + i, executors, (), 0.5, "2026-11-22T00:00:00Z", {"loss": 1.5})
+    rounds = [
+        make_round(seed, 10.0 + i / 10, 2, accuracy_fraction=0.7 + i / 100, metrics={"loss": 1.5})
         for i, seed in enumerate(seeds)
-    )
-    run = RunRecord(TEST_ID, label, WORKLOAD, "ci", DATA, ENVIRONMENT, "abc", rounds)
-    return dataclasses.replace(run, **fields)
+    ]
+    rounds = [dataclasses.replace(one, images_per_second=1000.0 + i) for i, one in enumerate(rounds)]
+    return made_up.make_run(*rounds, **{"test_id": TEST_ID, "label": label, "workload": WORKLOAD, **fields})
 
 
 BASELINE = baseline_of([make_run()], APPROVAL)
@@ -73,9 +67,9 @@ def changed(**fields: Any) -> str:
 
 def test_round_trip_is_exact_and_stable(tmp_path: Path) -> None:
     store = BaselineStore(tmp_path / "baselines")
-    path = store.path_for(TEST_ID, hardware_class="linux-x86_64-2c", profile="ci")
+    path = store.path_for(TEST_ID, hardware_class="linux-2c", profile="ci")
     store.write(path, BASELINE)
-    assert path == tmp_path / "baselines/linux-x86_64-2c/perf-test_tensorflow__test_quick.ci.json"
+    assert path == tmp_path / "baselines/linux-2c/perf-test_tensorflow__test_quick.ci.json"
     read = store.read(path)
     assert read == BASELINE
     first = path.read_bytes()

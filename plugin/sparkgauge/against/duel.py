@@ -12,10 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparkgauge import stats
-from sparkgauge.errors import NotMeasuredError
-from sparkgauge.gate import BaselineQuantity, Measurement, Observer, Policy, Samples, samples_of
+from sparkgauge.errors import ConfigurationError, NotMeasuredError
+from sparkgauge.gate import BaselineQuantity, Measurement, Observer, Policy, Samples, p_by_inversion, samples_of
 from sparkgauge.records import Approval, Round, RunRecord, Status, Verdict, from_json
-from sparkgauge.stats import Better, Interval, Scale
+from sparkgauge.stats import Better, Interval, Scale, robust
 from sparkgauge.store import baseline_of, comparable
 from sparkgauge.workload import Workload
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sparkgauge.training import Training
 
 HINTS: dict[str, str] = {
-    "regressed": "the lines below the table say where the time went; git diff {name} shows what changed",
+    "regressed": "git diff {name} shows what changed; the lines below the table have the phases",
     "inconclusive": "take more pairs (--gauge-rounds, --gauge-max-rounds, --gauge-budget), use a quieter machine, or "
     "widen the margin",
     "missing": "compare with a commit that has it, or with a stored baseline",
@@ -69,13 +69,39 @@ class OtherSide:
         return dataclasses.replace(self.run, rounds=tuple(self.rounds)) if self.run and self.rounds else None
 
 
+FEWEST_FOR_TRIMMING = 10
+"""Most pairs of a plan below which nothing is trimmed: choosing among trimmings costs half the level, and a few pairs
+have no tails to speak of."""
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """When pairs are looked at: fixed before the first look, so that the looks together err as often as promised."""
+
+    first: int
+    """Pairs at the first look."""
+    last: int
+    """Pairs at the last one: what the limits on rounds and time allow."""
+
+    def __post_init__(self) -> None:
+        if not stats.FEWEST_SAMPLES <= self.first <= self.last:
+            raise ConfigurationError(
+                "Bad plan of pairs", expected="2 <= first <= last", actual=f"{self.first} and {self.last}"
+            )
+
+
 @dataclass(frozen=True)
 class PairedDecision:
     """What the pairs so far say."""
 
     status: Status
     change: Interval
+    """At the look that decided, or the last one: for ratios its repeated interval."""
     limit: float
+    pairs: int
+    """Pairs that it rests on; those after a decision are not looked at."""
+    p_value: float | None = None
+    """Of a regression: one-sided, over all looks."""
 
 
 def paired_decision(
@@ -87,18 +113,83 @@ def paired_decision(
     margin: float,
     confidence: float,
     floor_sd: float = 0.0,
+    plan: PairPlan | None = None,
 ) -> PairedDecision:
     """Return what sample i of ``before`` and of ``after``, taken next to each other, say together.
 
-    The one place where pairs are decided. ``confidence`` is that of this look, of which there may be several.
+    The one place where pairs are decided. ``confidence`` is that of the whole comparison; its error probability is
+    spent over the looks of ``plan``, by default one look at all pairs. Ratios are decided by
+    :class:`~sparkgauge.stats.SequentialComparison`, differences by their interval at each look. NotMeasuredError where
+    the sides have different numbers of samples.
     """
+    if len(before) != len(after):
+        raise NotMeasuredError("No pairs", expected=f"{len(after)} rounds there", actual=str(len(before)))
+    plan = plan or PairPlan(max(stats.FEWEST_SAMPLES, len(after)), max(stats.FEWEST_SAMPLES, len(after)))
     limit = stats.margin_limit(margin, better=better, scale=scale)
-    if scale == "ratio":
+    if scale == "difference":
+        return _decide_differences(before, after, better, limit, confidence, floor_sd, plan)
+    return _decide_ratios(before, after, better, margin, limit, confidence, plan)
+
+
+def _decide_ratios(
+    before: Sequence[float],
+    after: Sequence[float],
+    better: Better,
+    margin: float,
+    limit: float,
+    confidence: float,
+    plan: PairPlan,
+) -> PairedDecision:
+    trims = robust.TRIMS if plan.last >= FEWEST_FOR_TRIMMING else (0.0,)
+    test = stats.SequentialComparison(margin, 1.0 - confidence, plan.first, plan.last, beyond=1.0, trims=trims)
+    for one, two in zip(before, after, strict=True):
+        # less is better to the test: a metric of which more is better goes in with its sides swapped
+        test.add(*((one, two) if better == "lower" else (two, one)))
+    change = test.interval
+    if not change.is_bounded:  # no look yet
         change = stats.ratio_interval(before, after, confidence=confidence, paired=True)
-    else:
-        change = stats.difference_interval(before, after, confidence=confidence, floor_sd=floor_sd, paired=True)
-    no_change = 1.0 if scale == "ratio" else 0.0
-    return PairedDecision(stats.decide(change, limit=limit, better=better, no_change=no_change), change, limit)
+        change = Interval(change.estimate, 0.0, math.inf, confidence)
+    elif better == "higher":
+        change = Interval(1.0 / change.estimate, 1.0 / change.high, 1.0 / change.low, confidence)
+    if test.status == "open" or test.status == "inconclusive":
+        return PairedDecision("inconclusive", change, limit, len(after))
+    status: Status = test.status
+    return PairedDecision(status, change, limit, test.pairs, test.p_worse if status == "regressed" else None)
+
+
+def _decide_differences(
+    before: Sequence[float],
+    after: Sequence[float],
+    better: Better,
+    limit: float,
+    confidence: float,
+    floor_sd: float,
+    plan: PairPlan,
+) -> PairedDecision:
+    def interval(count: int, level: float) -> Interval:
+        sides = before[:count], after[:count]
+        return stats.difference_interval(*sides, confidence=level, floor_sd=floor_sd, paired=True)
+
+    # fewer pairs than the plan's first look are shown, and decide nothing
+    counts = list(range(plan.first, len(after) + 1)) or [len(after)]
+    for look, count in enumerate(counts, 1):
+        level = stats.confidence_at_look(confidence, look) if plan.last > plan.first else confidence
+        change = interval(count, level)
+        status = stats.decide(change, limit=limit, better=better, no_change=0.0)
+        if status != "inconclusive" and count >= plan.first:
+            break
+    p_value = _p_of_difference(lambda level: interval(count, level), better) if status == "regressed" else None
+    share = (1.0 - level) / (1.0 - confidence)
+    decided: Status = status if count >= plan.first else "inconclusive"
+    return PairedDecision(decided, change, limit, count, None if p_value is None else min(1.0, p_value / share))
+
+
+def _p_of_difference(interval: Callable[[float], Interval], better: Better) -> float:
+    def excluded(level: float) -> bool:
+        found = interval(level)
+        return found.low > 0.0 if better == "lower" else found.high < 0.0
+
+    return p_by_inversion(excluded)
 
 
 class Duel:
@@ -110,6 +201,8 @@ class Duel:
         self._sides: dict[str, OtherSide] = {}
         self._asked: dict[str, int] = {}
         self._limits: dict[str, float] = {}
+        self._trainings: dict[str, Training] = {}
+        self._plans: dict[tuple[str, ...], PairPlan] = {}
 
     @property
     def orders(self) -> dict[str, list[str]]:
@@ -134,10 +227,13 @@ class Duel:
         """Make further rounds of ``training`` come in pairs."""
         alone = training.run_round
         self._limits[training.label] = training.workload.timeout_seconds
+        self._trainings[training.label] = training
 
         def paired(workload: Workload, seed: int, index: int, planned: int) -> Round:
             taken: list[Round] = []
-            self.pair(training.label, seed, lambda: taken.append(alone(workload, seed, index, planned)))
+            self.pair(
+                training.label, seed, lambda: taken.append(alone(workload, seed, index, planned)), own_rounds=taken
+            )
             return taken[0]
 
         training.run_round = paired
@@ -166,8 +262,20 @@ class Duel:
         else:
             self._give_up(side, answer)
 
-    def pair(self, label: str, seed: int, own: Callable[[], Any], *, warmups: int = 0) -> None:
-        """Take a round of either side next to each other; only the own one where there is no other side."""
+    def pair(
+        self,
+        label: str,
+        seed: int,
+        own: Callable[[], Any],
+        *,
+        warmups: int = 0,
+        own_rounds: list[Round] | None = None,
+    ) -> None:
+        """Take a round of either side next to each other; only the own one where there is no other side.
+
+        ``own`` appends its round to ``own_rounds``, by default the training's. A pair with an invalid round is none:
+        the other one is marked invalid too.
+        """
         side = self._sides[label]
         if side.status is not None:
             own()
@@ -182,6 +290,11 @@ class Duel:
             side.rounds.append(taken)
         if other_first:
             own()
+        _invalidate_together(side.rounds, self._own_rounds(label) if own_rounds is None else own_rounds)
+
+    def _own_rounds(self, label: str) -> list[Round]:
+        training = self._trainings.get(label)
+        return training.rounds if training is not None else []
 
     def quantity(self, metric: str, label: str, policy: Policy, observer: Observer) -> BaselineQuantity:
         """Return the other side of ``metric``, which judges in pairs."""
@@ -196,21 +309,31 @@ class Duel:
             side = self._sides.get(name)
             if side is not None and side.status is not None:
                 return self._unpaired(measurement.samples, side.status, side.reason, where)
-        look = 1
+        plan = self._plan(measurement, labels)
         while True:
-            confidence = policy.confidence
-            if measurement.more is not None:
-                confidence = stats.confidence_at_look(confidence, look)
             other = self._other_samples(measurement.samples, labels)
-            decision = self._decide(other, measurement.samples, policy, confidence)
+            decision = self._decide(other, measurement.samples, policy, plan)
             if decision.status != "inconclusive" or not _grow(measurement):
                 break
-            look += 1
         verdict = self._verdict(decision, other, measurement.samples, where)
         passed = verdict.passed or (verdict.status == "inconclusive" and policy.inconclusive == "skip")
         return dataclasses.replace(verdict, passed=passed)
 
-    def _decide(self, other: Samples, own: Samples, policy: Policy, confidence: float) -> PairedDecision:
+    def _plan(self, measurement: Measurement, labels: tuple[str, ...]) -> PairPlan:
+        """Return when to look, the same for all comparisons of these trainings: fixed at the first one.
+
+        From the planned rounds up to what ``--gauge-max-rounds`` and ``--gauge-budget`` allow at that time.
+        """
+        taken = max(stats.FEWEST_SAMPLES, len(measurement.samples.values))
+        if measurement.more is None:
+            return PairPlan(taken, taken)
+        if labels not in self._plans:
+            trainings = [self._trainings[label] for label in labels if label in self._trainings]
+            most = min((_most_pairs(one) for one in trainings), default=taken)
+            self._plans[labels] = PairPlan(taken, max(taken, most))
+        return self._plans[labels]
+
+    def _decide(self, other: Samples, own: Samples, policy: Policy, plan: PairPlan) -> PairedDecision:
         if len(other.values) != len(own.values):
             raise NotMeasuredError(
                 f"{own.metric} has no pairs", expected=f"{len(own.values)} rounds there", actual=str(len(other.values))
@@ -221,8 +344,9 @@ class Duel:
             better=own.better,
             scale=own.scale,
             margin=policy.margin_for(own.metric),
-            confidence=confidence,
+            confidence=policy.confidence,
             floor_sd=_floor_sd(other, own),
+            plan=plan,
         )
 
     def _other_samples(self, own: Samples, labels: Sequence[str]) -> Samples:
@@ -260,23 +384,25 @@ class Duel:
     def _verdict(self, decision: PairedDecision, other: Samples, own: Samples, where: str) -> Verdict:
         status, change = decision.status, decision.change
         bounded = change.is_bounded
+        ours, theirs = own.values[: decision.pairs], other.values[: decision.pairs]
         return Verdict(
             status=status,
             metric=own.metric,
             better=own.better,
-            actual=stats.mean(own.values, scale=own.scale),
-            expected=stats.mean(other.values, scale=own.scale),
+            actual=stats.mean(ours, scale=own.scale),
+            expected=stats.mean(theirs, scale=own.scale),
             change=change.estimate if math.isfinite(change.estimate) else None,
             change_low=change.low if bounded else None,
             change_high=change.high if bounded else None,
             limit=decision.limit,
             confidence=change.confidence,
-            candidate_count=len(own.values),
-            baseline_count=len(other.values),
+            candidate_count=len(ours),
+            baseline_count=len(theirs),
             baseline_file=where,
-            reason=_reason(status, len(own.values)),
+            reason=_reason(status, len(ours)),
             hint=self._hint(status),
             passed=status in ("match", "improved"),
+            p_value=decision.p_value,
         )
 
     def _hint(self, status: str) -> str:
@@ -300,6 +426,21 @@ class Duel:
 
     def _request(self, kind: str, label: str, **content: Any) -> int:
         return self._opponent.ask(kind, test_id=self.test_id, label=label, **content)
+
+
+def _most_pairs(training: Training) -> int:
+    """Return the pairs that the limits on rounds and time allow, as they stand now."""
+    seconds = training.rounds_at_once * max((one.runtime_seconds for one in training.rounds), default=math.inf)
+    affordable = int(training.budget.seconds / seconds) if 0.0 < seconds < math.inf else 0
+    return min(training.max_rounds, len(training.rounds) + max(0, affordable))
+
+
+def _invalidate_together(others: list[Round], own: list[Round]) -> None:
+    """Mark the last round of a side invalid where its counterpart is."""
+    for rounds, counterpart in ((others, own), (own, others)):
+        if rounds and counterpart and counterpart[-1].invalid and not rounds[-1].invalid:
+            why = f"its counterpart is no sample: {counterpart[-1].invalid}"
+            rounds[-1] = dataclasses.replace(rounds[-1], invalid=why)
 
 
 def _grow(measurement: Measurement) -> bool:

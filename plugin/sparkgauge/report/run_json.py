@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparkgauge import selfcheck
 from sparkgauge.records import RunRecord, Verdict
+from sparkgauge.report.session_notes import FAMILY_LEVEL, family_of
 from sparkgauge.store import write_json
 
 if TYPE_CHECKING:
@@ -44,7 +46,12 @@ def write_session_report(path: Path, session: GaugeSession) -> None:
         "environment": session.environment,
         "injections": dict(config.injections),
     }
-    more: dict[str, Mapping[str, Any]] = {"outcomes": session.outcomes, "speedups": session.speedups}
+    more: dict[str, Mapping[str, Any]] = {
+        "outcomes": session.outcomes,
+        "speedups": session.speedups,
+        "self_check": selfcheck.report_field(session.environment.hardware_class),
+        "family": {"level": FAMILY_LEVEL, **dataclasses.asdict(family_of(session.verdicts))},
+    }
     if session.opponent is not None:
         more["against"] = session.opponent.report()
     write_run_report(path, session.runs, session.verdicts, header, **more)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sparkgauge import selfcheck
 from sparkgauge.records import RunRecord
 from sparkgauge.report.baseline_notes import Collected, session_notes
+from sparkgauge.report.session_notes import family_lines, family_of, round_lines
 from sparkgauge.report.table import Row, phase_lines, render_table, row_from
 from sparkgauge.session import GaugeSession
 
@@ -28,14 +30,24 @@ def write_summary(reporter: Any, session: GaugeSession, *, verbose: bool, collec
         reporter.write_line("")
         reporter.write_line("where the time went (mean of rounds and executors):")
     for run in explained:
-        for line in [*phase_lines(run), *_other_side(session, run)]:
+        for line in [*phase_lines(run), *_other_side(session, run), *_where(session, run)]:
             reporter.write_line(f"  {line}")
+    for line in [*family_lines(family_of(session.verdicts)), *round_lines(session.runs)]:
+        reporter.write_line(line)
     for line in session.opponent.notes() if session.opponent is not None else ():
         reporter.write_line(line)
     for path in session.written:
         reporter.write_line(f"baseline written: {path}")
     for line in session_notes(session, collected or Collected()):
         reporter.write_line(line)
+    if reporter.verbosity >= 0:
+        reporter.write_line(selfcheck_line(session))
+
+
+def selfcheck_line(session: GaugeSession) -> str:
+    """Return what this machine's self-check says of the comparisons that this session made."""
+    way: selfcheck.Way = "stored" if session.opponent is None else "paired"
+    return selfcheck.quote_stored(session.environment.hardware_class, way)
 
 
 def _rows(session: GaugeSession, run: RunRecord) -> list[Row]:
@@ -56,6 +68,14 @@ def _other_side(session: GaugeSession, run: RunRecord) -> list[str]:
     from sparkgauge.against.explain import explanation
 
     return explanation(other, run, session.opponent.reference.name)
+
+
+def _where(session: GaugeSession, run: RunRecord) -> list[str]:
+    """Return where a regression against a stored baseline went; against a commit the other side's lines say it."""
+    if session.opponent is not None:
+        return []
+    verdicts = _verdicts(session, run.test_id, run.label)
+    return list(dict.fromkeys(f"  {verdict.where}" for verdict in verdicts if verdict.where))
 
 
 def _verdicts(session: GaugeSession, test_id: str, label: str) -> list[Any]:

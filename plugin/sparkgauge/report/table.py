@@ -32,6 +32,10 @@ SEVERITY: tuple[Status, ...] = (
 COLOURS: dict[str, str] = {"regressed": "31", "not_comparable": "31", "missing": "31", "inconclusive": "33"}
 """ANSI colour of a status; the others are green."""
 
+DROPPABLE = ("images/s", "interval", "device", "executors")
+"""Columns, and the interval beside the change, in the order in which they are left out where room is short: the phases
+and the report have the first, and a figure that is cut is worse than one that is not there."""
+
 GAP = "  "
 INDENT = "  "
 SYNTHETIC_NOTE = " (synthetic data)"
@@ -87,12 +91,14 @@ def render_table(rows: Sequence[Row], width: int, *, colour: bool = False, encod
         return []
     if not _can_encode("±", encoding):
         rows = [_in_ascii(row) for row in rows]
-    for with_interval in (True, False):
-        figures = [_figures(row, with_interval) for row in rows]
-        lines = _one_line_each(rows, figures, width, colour) or _two_lines_each(rows, figures, width, colour)
-        if lines:
+    for dropped in range(len(DROPPABLE) + 1):
+        columns = _columns(set(DROPPABLE[:dropped]))
+        figures = [_figures(row, columns) for row in rows]
+        if not dropped and (lines := _one_line_each(rows, figures, columns, width, colour)):
             return lines
-    return _two_lines_each(rows, figures, width, colour, cut=True)
+        if lines := _two_lines_each(rows, figures, columns, width, colour):
+            return lines
+    return _two_lines_each(rows, figures, columns, width, colour, cut=True)
 
 
 def phase_lines(run: RunRecord) -> list[str]:
@@ -101,9 +107,9 @@ def phase_lines(run: RunRecord) -> list[str]:
     Means are over rounds and executors. Without rounds there is no line.
     """
     samples = run_samples(run)
-    if not run.rounds or any(f"{phase}_seconds" not in samples for phase in PHASES):
+    if not run.valid_rounds or any(f"{phase}_seconds" not in samples for phase in PHASES):
         return []
-    means = {phase: sum(samples[f"{phase}_seconds"]) / len(run.rounds) for phase in PHASES}
+    means = {phase: sum(samples[f"{phase}_seconds"]) / len(run.valid_rounds) for phase in PHASES}
     total = sum(means.values())
     parts = [f"{name} {value:.1f} s ({value / total:.0%})" for name, value in means.items() if value > 0.0]
     label = "" if run.label == DEFAULT_LABEL else f" {run.label}"
@@ -111,31 +117,51 @@ def phase_lines(run: RunRecord) -> list[str]:
     return [f"{run.test_id}{label}{note}: {', '.join(parts)}"] if parts else []
 
 
-def _one_line_each(rows: Sequence[Row], figures: list[list[str]], width: int, colour: bool) -> list[str]:
+def _columns(dropped: set[str]) -> list[str]:
+    """Return the columns behind the test's name; ``interval`` stands for the change together with its interval."""
+    kept = [name for name in HEADERS[1:] if name not in dropped]
+    return ["interval" if name == "vs baseline" and "interval" not in dropped else name for name in kept]
+
+
+def _headers(columns: Sequence[str]) -> list[str]:
+    return ["vs baseline" if name == "interval" else name for name in columns]
+
+
+def _one_line_each(
+    rows: Sequence[Row], figures: list[list[str]], columns: Sequence[str], width: int, colour: bool
+) -> list[str]:
     """Return the header and one line per row; nothing when that needs more than ``width``."""
     table = [[row.test + row.note, *cells] for row, cells in zip(rows, figures, strict=True)]
-    widths = _widths([list(HEADERS), *table])
+    headers = [HEADERS[0], *_headers(columns)]
+    widths = _widths([headers, *table])
     if _total(widths) > width:
         return []
-    header = _line(HEADERS, widths, left_count=2)
+    header = _line(headers, widths, left_count=2)
     return [header, "-" * len(header), *(_line(cells, widths, left_count=2, colour=colour) for cells in table)]
 
 
 def _two_lines_each(
-    rows: Sequence[Row], figures: list[list[str]], width: int, colour: bool, cut: bool = False
+    rows: Sequence[Row],
+    figures: list[list[str]],
+    columns: Sequence[str],
+    width: int,
+    colour: bool,
+    cut: bool = False,
 ) -> list[str]:
     """Return the header, then each test's name above its figures; nothing when these do not fit and may not be cut."""
     room = width - len(INDENT)
-    widths = _widths([list(HEADERS[1:]), *figures])
+    headers = _headers(columns)
+    widths = _widths([headers, *figures])
     while cut and _total(widths) > room:
-        widths[widths.index(max(widths[:-1]))] -= 1  # Everything may be cut but the status.
+        widths[widths.index(max(widths[:-1]))] -= 1  # No measured row is so wide; whatever is, keeps its status.
     if _total(widths) > room:
         return []
-    header = INDENT + _line(HEADERS[1:], widths, left_count=1)
+    left_count = int(columns[0] == "device")
+    header = INDENT + _line(headers, widths, left_count=left_count)
     lines = [HEADERS[0], header, "-" * len(header)]
     for row, cells in zip(rows, figures, strict=True):
         lines.append(_cut(row.test, width - len(row.note)) + row.note)
-        lines.append(INDENT + _line(cells, widths, left_count=1, colour=colour))
+        lines.append(INDENT + _line(cells, widths, left_count=left_count, colour=colour))
     return lines
 
 
@@ -155,9 +181,18 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + len(GAP) * (len(widths) - 1)
 
 
-def _figures(row: Row, with_interval: bool) -> list[str]:
-    change = f"{row.change} {row.change_interval}".rstrip() if with_interval else row.change
-    return [row.device, row.executors, row.runtime, change, row.images_per_second, row.accuracy, row.status]
+def _figures(row: Row, columns: Sequence[str]) -> list[str]:
+    cells = {
+        "device": row.device,
+        "executors": row.executors,
+        "runtime": row.runtime,
+        "vs baseline": row.change,
+        "interval": f"{row.change} {row.change_interval}".rstrip(),
+        "images/s": row.images_per_second,
+        "accuracy": row.accuracy,
+        "status": row.status,
+    }
+    return [cells[name] for name in columns]
 
 
 def _widths(table: list[list[str]]) -> list[int]:

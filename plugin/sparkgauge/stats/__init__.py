@@ -4,6 +4,7 @@
 - :mod:`~sparkgauge.stats.robust`: trimmed means with winsorised standard errors, autocorrelation.
 - :mod:`~sparkgauge.stats.comparison`: two sides at once; speed-ups from interleaved runs.
 - :mod:`~sparkgauge.stats.sequential`: pair by pair, the error probability spent over the looks.
+- :mod:`~sparkgauge.stats.covariate`: pairs freed of what a reference kernel explains.
 - :mod:`~sparkgauge.stats.multiple`: Holm, Benjamini-Hochberg, pooling.
 - :mod:`~sparkgauge.stats.accuracy`: accuracy over seeds, convergence.
 - :mod:`~sparkgauge.stats.history`: change points and drift.
@@ -28,6 +29,7 @@ from sparkgauge.stats.comparison import (
     interleaved_interval,
     scaling_efficiency,
 )
+from sparkgauge.stats.covariate import adjusted
 from sparkgauge.stats.history import ChangePoint, Drift, change_points, drift
 from sparkgauge.stats.intervals import (
     FEWEST_SAMPLES,
@@ -84,6 +86,7 @@ __all__ = [
     "SequentialStatus",
     "StoredComparison",
     "accuracy_noninferiority",
+    "adjusted",
     "benjamini_hochberg",
     "binomial_sd",
     "change_points",

@@ -105,7 +105,8 @@ def compare_stored(
 ) -> StoredComparison:
     """Return the comparison of samples, each side in time order, that were not interleaved.
 
-    Autocorrelation widens each side's standard error. With reference times, and where dividing by them measurably
+    Below 8 rounds a side this is Welch's t on logarithms; from 8 on the tails are trimmed and autocorrelation widens
+    each side's standard error. With reference times, and where dividing by them measurably
     lowers the noise, the divided times are compared. Either way the interval is widened where the machine was in
     another state: raw and divided times then disagree, and how much of that the right answer is cannot be known.
     ``between_sd`` is the standard deviation of the log level between sessions with nothing changed, where a history or
@@ -152,10 +153,15 @@ def _with_error(estimate: Trimmed, sd: float) -> Trimmed:
 
 
 def _both(before: NDArray[Any], after: NDArray[Any]) -> Trimmed:
-    one, two = robust.in_time_order(before), robust.in_time_order(after)
+    one, two = (robust.in_time_order(side, trim=_trim(len(side))) for side in (before, after))
     if min(len(before), len(after)) < 2:
         return robust.trimmed_difference(before, after)
     return robust.combined(one, two)
+
+
+def _trim(count: int) -> float:
+    """Return the share to trim: none of a few rounds, whose extremes are most of what is known of the noise."""
+    return robust.TRIM if count >= robust.FEWEST_FOR_AUTOCORRELATION else 0.0
 
 
 def _relative(logs: NDArray[Any]) -> list[float]:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparkgauge.errors import ConfigurationError
 from sparkgauge.stats import robust
-from sparkgauge.stats.comparison import Margin, _check_alpha, _margin, decide_logs, detectable
+from sparkgauge.stats.comparison import Margin, _check_alpha, _margin, _p_worse, decide_logs, detectable
+from sparkgauge.stats.covariate import adjusted
 from sparkgauge.stats.intervals import Interval, _exp, _logs
 from sparkgauge.stats.robust import Trimmed
 
@@ -95,13 +96,17 @@ class SequentialComparison:
         max_pairs: int = 80,
         *,
         beyond: float = 0.5,
+        trims: tuple[float, ...] = robust.TRIMS,
     ) -> None:
-        self.plan = Plan(_margin(margin), alpha, min_pairs, max_pairs, beyond)
+        self.plan = Plan(_margin(margin), alpha, min_pairs, max_pairs, beyond, trims)
         self.status: SequentialStatus = "open"
         self.interval = Interval(math.nan, 0.0, math.inf, 1.0 - alpha)
         """Ratio candidate / baseline and its repeated confidence interval at the last look."""
         self.min_detectable = math.inf
         """Share by which the candidate would have to be worse to be found at this look with a probability of 80 %."""
+        self.p_worse = 1.0
+        """One-sided probability of such pairs with nothing changed, over all looks, at the last one: its own p-value
+        divided by the look's share of alpha / 2."""
         self._before: list[float] = []
         self._after: list[float] = []
 
@@ -145,6 +150,8 @@ class SequentialComparison:
         self.interval = Interval(_exp(centre), _exp(centre - half), _exp(centre + half), 1.0 - self.plan.alpha)
         error, freedom = float(estimate.standard_error), float(estimate.freedom)
         self.min_detectable = detectable(half, error, freedom, margin * self.plan.beyond)
+        chosen = robust.SELECTION if len(self.plan.trims) > 1 else 1.0
+        self.p_worse = min(1.0, chosen * _p_worse(centre, error, freedom) * self.plan.alpha / 2.0 / level)
 
 
 @dataclass(frozen=True)
@@ -161,11 +168,12 @@ class Outcomes:
         return float((self.status == status).mean())
 
 
-def settle_many(differences: NDArray[Any], plan: Plan) -> Outcomes:
+def settle_many(differences: NDArray[Any], plan: Plan, covariates: NDArray[Any] | None = None) -> Outcomes:
     """Return the outcomes over the rows of ``differences``: log ratios, ``plan.max_pairs`` pairs in time order.
 
     The same looks and the same rule as :class:`SequentialComparison`, all rows at once, for calibration. The margin is
-    its fraction; an absolute one would need both sides' values.
+    its fraction; an absolute one would need both sides' values. ``covariates``, in the shape of ``differences``, are
+    log ratios of what the machine did to either side: see :func:`sparkgauge.stats.covariate.adjusted`.
     """
     import numpy as np
 
@@ -173,7 +181,10 @@ def settle_many(differences: NDArray[Any], plan: Plan) -> Outcomes:
     status, pairs = np.full(rows, "inconclusive", dtype="<U12"), np.full(rows, plan.max_pairs)
     margin, open_ = math.log1p(plan.margin.fraction), np.ones(rows, dtype=bool)
     for count, level in zip(plan.looks, plan.levels, strict=True):
-        estimate, half = plan.look(differences[open_, :count], level)
+        seen = differences[open_, :count]
+        if covariates is not None:
+            seen = adjusted(seen, covariates[open_, :count])
+        estimate, half = plan.look(seen, level)
         decided = _decide_many(estimate.mean, half, margin, plan.beyond)
         where = np.flatnonzero(open_)[decided != "inconclusive"]
         status[where], pairs[where] = decided[decided != "inconclusive"], count
