@@ -75,11 +75,11 @@ class Timer(Protocol):
         ...
 
 
-PREIMPORTS = (
-    *("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training"),
-    *("torch", "torch.distributed", "sparkgauge.adapters.torch.training"),
-)
-"""What a Python task of an executor finds imported already; modules that are not installed are passed over."""
+PREIMPORTS: Mapping[str, tuple[str, ...]] = {
+    "tensorflow": ("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training"),
+    "torch": ("torch", "torch.distributed", "sparkgauge.adapters.torch.training"),
+}
+"""What a Python task of an executor finds imported already, by framework; what is not installed is passed over."""
 
 
 class GaugeSession:
@@ -111,6 +111,7 @@ class GaugeSession:
         self._datasets: dict[str | None, Dataset] = {}
         self._shipped: set[Path] = set()
         self._warm_executors: set[str] = set()
+        self._frameworks: set[str] = set()
 
     @cached_property
     def environment(self) -> Environment:
@@ -165,6 +166,7 @@ class GaugeSession:
 
     def prepare(self, workload: Workload) -> None:
         """Start the cluster, prepare the data and load the adapter, where that has not been done."""
+        self._frameworks.add(workload.framework)
         self.cluster()
         self.dataset(workload.data)
         _adapter(workload).prepare()
@@ -247,7 +249,7 @@ class GaugeSession:
             executor_memory_mebibytes=config.executor_memory_mib,
             python=sys.executable,
             master=None if config.embedded else config.master,
-            preimport=PREIMPORTS,
+            preimport=self._preimports(),
         )
         cluster = SparkCluster.start(spec, self.progress.message)
         try:
@@ -257,10 +259,17 @@ class GaugeSession:
             raise
         return cluster
 
+    def _preimports(self) -> tuple[str, ...]:
+        """Return what executors import ahead: of the frameworks used so far; of all where the master is not ours, since
+        its executors cannot be told later."""
+        external = not self.config.embedded and not str(self.config.master).startswith("local-cluster")
+        wanted = PREIMPORTS if external else sorted(self._frameworks & PREIMPORTS.keys())
+        return tuple(module for framework in wanted for module in PREIMPORTS[framework])
+
     def _warm(self, cluster: SparkCluster) -> None:
         """Let executors that are new import their frameworks now: no round is to be charged with it."""
         present = {executor.id for executor in cluster.executors}
-        if present != self._warm_executors:
+        if cluster.preimport(self._preimports()) or present != self._warm_executors:
             cluster.warm(self.config.executors)
             self._warm_executors = present
 

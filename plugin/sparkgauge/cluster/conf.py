@@ -16,6 +16,9 @@ MARKER_VARIABLE = "SPARKGAUGE_PROCESS"
 """Environment variable that every process of an embedded cluster inherits; its value is unique to the session."""
 PREIMPORT_VARIABLE = "SPARKGAUGE_PREIMPORT"
 """Comma-separated modules that the Python daemon imports before it forks workers."""
+PREIMPORT_FILE_VARIABLE = "SPARKGAUGE_PREIMPORT_FILE"
+"""File of modules, one a line, that the daemon imports before it forks its next worker; it grows while it serves."""
+
 DAEMON_MODULE = "sparkgauge.cluster.daemon"
 
 REQUIRED: Mapping[str, tuple[str, str]] = {
@@ -117,12 +120,18 @@ def spark_conf(
         **_executors(spec.executors, cores, memory),
         **_failure_detection(),
         **executor_environment(cores, spec.preimport, package_folder),
+        f"spark.executorEnv.{PREIMPORT_FILE_VARIABLE}": str(preimport_file(folder)),
         # TensorFlow leaves generated sources in the temporary folder when its process is killed.
         "spark.executorEnv.TMPDIR": str(folder / "tmp"),
         **spec.extra,
     }
     check_required(settings)
     return settings
+
+
+def preimport_file(folder: Path) -> Path:
+    """Return the file of :data:`PREIMPORT_FILE_VARIABLE` of a cluster that writes into ``folder``."""
+    return folder / "conf" / "preimport"
 
 
 def external_conf(spec: ClusterSpec) -> dict[str, str]:

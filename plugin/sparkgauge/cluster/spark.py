@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -63,6 +63,7 @@ class SparkCluster:
         self._standalone: standalone.StandaloneCluster | None = None
         self._launch: Future[Any] | None = None
         self._opening: Future[Any] | None = None
+        self._preimported = set(spec.preimport)
         self._owner_pid = os.getpid()
         atexit.register(self.stop)
 
@@ -133,6 +134,20 @@ class SparkCluster:
             )
         for process in self._task_processes():
             watchdog.kill(process)
+
+    def preimport(self, modules: Iterable[str]) -> bool:
+        """Let Python tasks find ``modules`` imported from now on; return whether any is new.
+
+        The next task on each executor pays for it: call :meth:`warm`. With an external master only what the cluster
+        was started with is imported ahead.
+        """
+        new = [name for name in modules if name not in self._preimported]
+        if not new or self.kind == "external":
+            return False
+        with open(conf.preimport_file(self.folder), "a", encoding="utf-8") as file:
+            file.write("".join(f"{name}\n" for name in new))
+        self._preimported.update(new)
+        return True
 
     def warm(self, count: int) -> float:
         """Return the seconds of a trivial job on ``count`` executors at once; Python daemons are up afterwards."""

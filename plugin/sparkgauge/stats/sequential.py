@@ -96,13 +96,15 @@ class SequentialComparison:
         self,
         margin: float | Margin,
         alpha: float = 0.01,
-        min_pairs: int = FIRST_LOOK_PAIRS,
+        min_pairs: int | None = None,
         max_pairs: int = 80,
         *,
         beyond: float = 0.5,
         trims: tuple[float, ...] = robust.TRIMS,
     ) -> None:
-        self.plan = Plan(_margin(margin), alpha, min_pairs, max_pairs, beyond, trims)
+        """``min_pairs``: pairs at the first look, by default :data:`FIRST_LOOK_PAIRS` or ``max_pairs`` where that is less."""
+        first = min(FIRST_LOOK_PAIRS, max_pairs) if min_pairs is None else min_pairs
+        self.plan = Plan(_margin(margin), alpha, first, max_pairs, beyond, trims)
         self.status: SequentialStatus = "open"
         self.interval = Interval(math.nan, 0.0, math.inf, 1.0 - alpha)
         """Ratio candidate / baseline and its repeated confidence interval at the last look."""
