@@ -102,7 +102,7 @@ class SequentialComparison:
         beyond: float = 0.5,
         trims: tuple[float, ...] = robust.TRIMS,
     ) -> None:
-        """``min_pairs``: pairs at the first look, by default :data:`FIRST_LOOK_PAIRS` or ``max_pairs`` where that is less."""
+        """Look first at ``min_pairs``: :data:`FIRST_LOOK_PAIRS` by default, or ``max_pairs`` where that is less."""
         first = min(FIRST_LOOK_PAIRS, max_pairs) if min_pairs is None else min_pairs
         self.plan = Plan(_margin(margin), alpha, first, max_pairs, beyond, trims)
         self.status: SequentialStatus = "open"
