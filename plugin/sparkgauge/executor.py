@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Train = Callable[[Context, Any], "Mapping[str, float] | None"]
 """``(context, shard)``."""
-OpenShard = Callable[[Job, int, Path], Any]
-"""``(job, rank, folder of the data)``: returns what ``train`` gets as its shard."""
+OpenShard = Callable[[Job, int], Any]
+"""``(job, rank)``: returns what ``train`` gets as its shard."""
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
     watch = _Watch()
     try:
         context = Context(job, rank, channel, clock, prepare())
-        metrics = _checked(train(context, (open_shard or cifar10_shard)(job, rank, _data_folder(job))))
+        metrics = _checked(train(context, (open_shard or _open_shard)(job, rank)))
         clock.switch("collect")
         channel.send("result", **_summary(context, clock, metrics), **watch.seen(), attempt=attempt())
         _await_release(channel)
@@ -92,14 +92,15 @@ def attempt() -> int:
     return 0 if task is None else int(task.attemptNumber())
 
 
-def cifar10_shard(job: Job, rank: int, folder: Path) -> Shard:
-    """Return executor ``rank``'s view of the session's data set."""
+def _open_shard(job: Job, rank: int) -> Shard:
     from sparkgauge.data.shards import Shard
 
+    folder = data_folder(job)
     return Shard.open(folder, executors=job.executors, rank=rank, global_batch=job.global_batch, seed=job.seed)
 
 
-def _data_folder(job: Job) -> Path:
+def data_folder(job: Job) -> Path:
+    """Return the folder of the prepared data on this executor."""
     if job.dataset_folder:
         return Path(job.dataset_folder)
     from pyspark import SparkFiles

@@ -132,8 +132,8 @@ class Workload:
         reader = _Reader(keywords, config, where)
         profile = PROFILE_SPECS[config.profile]
         framework, model, fn = reader.training()
-        plan = reader.plan(framework, model, [Path(folder) for folder in folders] or [Path.cwd()])
         executors = reader.executors()
+        plan = reader.plan(framework, model, executors, [Path(folder) for folder in folders] or [Path.cwd()])
         batch_size = reader.batch_size(model, executors, plan)
         iterations, epochs = reader.length(model, profile, plan)
         return cls(
@@ -183,7 +183,7 @@ _IDENTITY = (
 )
 
 
-CAFFE_KEYWORDS = ("engine", "solver", "weights", "snapshot", "save_to")
+CAFFE_KEYWORDS = ("engine", "solver", "weights", "snapshot", "save_to", "passes")
 """Those that only framework caffe takes."""
 
 KEYWORDS = (
@@ -272,7 +272,7 @@ class _Reader:
             return Path(self.value("solver", _path, "")).stem
         return self.choice("model", tuple(CAFFE_SOLVERS), "")
 
-    def plan(self, framework: str, model: str, folders: Sequence[Path]) -> Plan | None:
+    def plan(self, framework: str, model: str, executors: int, folders: Sequence[Path]) -> Plan | None:
         """Return what a training of a Caffe net needs, read from its files; None for another framework."""
         if framework != "caffe":
             return None
@@ -293,7 +293,15 @@ class _Reader:
             weights_file=files["weights"],
             state_file=files["snapshot"],
             model=None if own else model,
+            passes=self._passes(executors),
         )
+
+    def _passes(self, executors: int) -> int:
+        passes = int(self.value("passes", _count, 1))
+        if passes > 1 and (passes % executors or self._keywords.get("device") == "gpu"):
+            expected = f"a multiple of {executors}, the executors, on the CPU"
+            raise self._error("Bad value for passes", expected, passes)
+        return passes
 
     def _file(self, name: str, folders: Sequence[Path]) -> Path | None:
         """Return the file that keyword ``name`` gives, in the first of ``folders`` that has it; None without it."""

@@ -57,12 +57,18 @@ class Plan:
     """Updates that were done before, by ``state``."""
     start_name: str = ""
     """The file of ``weights``, for messages."""
+    passes: int = 1
+    """Passes in which a global batch is computed, over all executors; their gradients are added."""
     superseded: tuple[str, ...] = ()
     """Those of :data:`SUPERSEDED` that the file sets."""
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ConfigurationError("Unknown engine", expected=" or ".join(ENGINES), actual=repr(self.engine))
+        if self.passes > 1 and self.solver_message().iter_size > 1:
+            raise ConfigurationError(
+                "Two numbers of passes", expected="iter_size in the solver or passes=", actual="both"
+            )
 
     @property
     def digest(self) -> str:
@@ -72,6 +78,8 @@ class Plan:
         for part in parts:
             content = part.encode() if isinstance(part, str) else part or b""
             found.update(f"{len(content)}:".encode() + content)
+        if self.passes > 1:
+            found.update(f"passes {self.passes}".encode())
         return found.hexdigest()[:12]
 
     @property
@@ -116,6 +124,7 @@ def read_plan(
     weights_file: Path | None = None,
     state_file: Path | None = None,
     model: str | None = None,
+    passes: int = 1,
 ) -> Plan:
     """Return the plan of a solver file; a database or mean is looked for near its file, then below ``folders``.
 
@@ -146,6 +155,7 @@ def read_plan(
         state=None if state_file is None else state_file.read_bytes(),
         start_name="" if start is None else str(start),
         first_iteration=0 if state is None else state.iteration,
+        passes=passes,
         superseded=tuple(name for name in SUPERSEDED if _is_set(solver.message, name)),
     )
 

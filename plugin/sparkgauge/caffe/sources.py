@@ -111,6 +111,7 @@ def read_lmdb(folder: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     labels: list[int] = []
     try:
         with lmdb.open(str(path), readonly=True, lock=False) as database, database.begin() as transaction:
+            _check_whole(database, path)
             for key, value in transaction.cursor():
                 image, label = _record(value, f"{path}, record {key.decode(errors='replace')!r}")
                 if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
@@ -124,6 +125,15 @@ def read_lmdb(folder: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     if not images:
         raise DataError("Empty LMDB", expected="at least one record", where=str(path))
     return np.stack(images), np.asarray(labels, np.int64)
+
+
+def _check_whole(database: Any, folder: Path) -> None:
+    """Raise DataError where the file ends before its last page: reading beyond would end this process by a signal."""
+    expected = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+    actual = (folder / "data.mdb").stat().st_size
+    if actual < expected:
+        sizes = {"expected": f"at least {expected:,} bytes", "actual": f"{actual:,} bytes"}
+        raise DataError("Truncated or damaged LMDB", **sizes, where=str(folder))
 
 
 def write_lmdb(folder: Path | str, images: NDArray[Any], labels: NDArray[Any]) -> None:
@@ -166,15 +176,16 @@ def _record(value: bytes, where: str) -> tuple[NDArray[Any], int]:
     return pixels.reshape(shape), datum.label
 
 
-def of_session(shard: Shard, sampler: Later) -> ImageShard:
-    """Return the session's data set as Caffe sees it, without copying it."""
+def of_session(job: Job, rank: int, folder: Path) -> ImageShard:
+    """Return executor ``rank``'s view of the session's data set as Caffe sees it, without copying it."""
+    shard = Shard.open(folder, executors=job.executors, rank=rank, global_batch=job.global_batch, seed=job.seed)
     return ImageShard(
         in_caffe_order(shard.images),
         shard.labels.astype(np.int64),
         in_caffe_order(shard.test_images),
         shard.test_labels.astype(np.int64),
         np.ascontiguousarray(np.asarray(shard.mean_image, np.float32).transpose(2, 0, 1)),
-        sampler,
+        Later(shard.sampler, job.plan.first_iteration),
     )
 
 

@@ -122,10 +122,19 @@ class CaffeEngine:
                 view[...] = array
         self._process.ask("put")
 
-    def step(self, images: Images, labels: Labels, *, global_batch: int, reduce: Reduce | None = None) -> float:
+    def step(
+        self,
+        images: Images,
+        labels: Labels,
+        *,
+        global_batch: int,
+        reduce: Reduce | None = None,
+        parts: Sequence[int] | None = None,
+    ) -> float:
         """Update once and return this executor's part of the loss."""
         self._process.put(self._rows(images, labels, "TRAIN"))
-        loss = float(self._process.ask("step", parts=self._parts(len(images)), global_batch=global_batch)["loss"])
+        sizes = self._parts(len(images)) if parts is None else list(parts)
+        loss = float(self._process.ask("step", parts=sizes, global_batch=global_batch)["loss"])
         if reduce is not None:
             reduce(self._flat)
         self.iteration = self._process.ask("go")["done"]

@@ -76,10 +76,18 @@ class TorchEngine:
         """Overwrite the weights of the named layers."""
         self._parameters.set(values, "the given weights")
 
-    def step(self, images: Images, labels: Labels, *, global_batch: int, reduce: Reduce | None = None) -> float:
+    def step(
+        self,
+        images: Images,
+        labels: Labels,
+        *,
+        global_batch: int,
+        reduce: Reduce | None = None,
+        parts: Sequence[int] | None = None,
+    ) -> float:
         """Update once on images (b, c, h, w) and labels (b,); TrainingError if the loss is not finite."""
         self._check(images, labels)
-        loss = self._gradients(self._tensor(images), self._labels(labels), global_batch)
+        loss = self._gradients(self._tensor(images), self._labels(labels), global_batch, parts)
         self._apply(reduce)
         return self._finish(loss)
 
@@ -184,13 +192,15 @@ class TorchEngine:
         with torch.no_grad():
             return net.forward(self._inputs[net](x), labels, run)
 
-    def _gradients(self, x: Tensor, labels: Tensor, global_batch: int) -> Tensor:
+    def _gradients(self, x: Tensor, labels: Tensor, global_batch: int, parts: Sequence[int] | None = None) -> Tensor:
         """Fill the gradient buffer by this executor's images and return its part of the loss, a scalar."""
         self._parameters.gradients.zero_()
         loss = torch.zeros((), device=self._device)
         run = Pass(True, global_batch, self._generator, whole_batch=len(labels) == global_batch)
-        passes = self._solver.iter_size
-        for part_x, part_labels in zip(x.tensor_split(passes), labels.tensor_split(passes), strict=True):
+        passes = (x.tensor_split(self._solver.iter_size), labels.tensor_split(self._solver.iter_size))
+        if parts is not None:
+            passes = (x.split(list(parts)), labels.split(list(parts)))
+        for part_x, part_labels in zip(*passes, strict=True):
             if len(part_labels):
                 loss = loss + self._forward(self._net, part_x, part_labels, run)
                 with torch.no_grad():

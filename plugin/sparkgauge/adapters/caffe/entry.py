@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from sparkgauge.executor import data_folder
 from sparkgauge.job import Job
 
 
@@ -15,12 +15,9 @@ def train(context: Any, shard: Any) -> dict[str, float]:
     return training.train(context, shard)
 
 
-def open_shard(job: Job, rank: int, folder: Path) -> Any:
+def open_shard(job: Job, rank: int) -> Any:
     """Return this executor's images, in Caffe's order, of the session's data set or of the plan's databases."""
     from sparkgauge.caffe import sources
-    from sparkgauge.executor import cifar10_shard
 
-    if job.plan.lmdb is None:
-        shard = cifar10_shard(job, rank, folder)
-        return sources.of_session(shard, sources.Later(shard.sampler, job.plan.first_iteration))
-    return sources.of_databases(job, rank, folder)
+    open_it = sources.of_session if job.plan.lmdb is None else sources.of_databases
+    return open_it(job, rank, data_folder(job))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,11 @@ def make_engine(plan: Plan, context: Context, shard: ImageShard, folder: Path) -
     """Return the plan's engine with weights that are the same on every executor."""
     net_messages = plan.net_messages()
     iter_size = int(plan.solver_message().iter_size)
+    passes = max(iter_size, plan.passes // context.executors)
     share = math.ceil(context.global_batch / context.executors)
     settings: dict[str, Any] = {
         "input_shape": shard.image_shape,
-        "batch": max(1, math.ceil(share / iter_size)),
+        "batch": max(1, math.ceil(share / passes)),
         "mean": _mean(plan, shard, folder),
         "seed": context.seed,
         "threads": context.threads,
@@ -128,6 +130,7 @@ class Trainer:
     def __init__(self, engine: Engine, plan: Plan, context: Context, shard: ImageShard) -> None:
         self._engine, self._context, self._shard = engine, context, shard
         self.summed = Summed(context.handle.group, on_device=context.device == "gpu")
+        self._passes = plan.passes
         self._reduce = self.summed if context.executors > 1 else None
         self._statistics = [layer.name for layer in plan.net_messages()[0].layer if layer.type == "BatchNorm"]
 
@@ -151,12 +154,26 @@ class Trainer:
 
     def _step(self, step: Step, *, last: bool) -> None:
         """Update once by the mean gradient of the global batch, of which this executor's part may be empty."""
-        loss = self._engine.step(step.images, step.labels, global_batch=step.global_batch, reduce=self._reduce)
+        settings: dict[str, Any] = {
+            "global_batch": step.global_batch,
+            "reduce": self._reduce,
+            "parts": self._parts(step),
+        }
+        loss = self._engine.step(step.images, step.labels, **settings)
         self._context.record_loss(loss * step.global_batch)
         if step.index:
             self._context.move("compute", "sync", self.summed.waited())
         else:
             self.summed.waited()  # the first step is warm-up as a whole
+
+    def _parts(self, step: Step) -> list[int] | None:
+        """Return the images of this executor's passes: those of the global batch that fall into its share."""
+        if self._passes == 1:
+            return None
+        each = self._passes // self._context.executors
+        first = self._context.rank * each
+        bounds = [step.global_batch * number // self._passes for number in range(first, first + each + 1)]
+        return [end - start for start, end in pairwise(bounds)]
 
     def _test(self) -> None:
         """Count the right answers on this executor's share of the test set."""
