@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,50 @@ def test_a_truncated_database_is_refused_and_nothing_is_left(tmp_path: Path) -> 
     with pytest.raises(GaugeError, match="Truncated or damaged LMDB.*train_lmdb"):
         lmdb_data.prepare(found, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "caffe.md"
+CODE = re.compile(r"^```(\w+)\n# (\S+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def documented(tmp_path: Path) -> Path:
+    """Return a folder with the named code blocks of docs/caffe.md as files."""
+    if not DOCUMENT.exists():
+        pytest.skip("docs/caffe.md is not in this copy of the package")
+    for _, name, content in CODE.findall(DOCUMENT.read_text()):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return tmp_path
+
+
+def test_the_documented_net_is_read(documented: Path) -> None:
+    asked: dict[str, Any] = {}
+    exec(compile((documented / "test_own_net.py").read_text(), "test_own_net.py", "exec"), asked)
+    keywords = asked["test_own_net"].pytestmark[0].kwargs
+    found = Workload.from_keywords(keywords, configured(profile="full"), folders=[documented])
+    assert (found.model, found.batch_size, found.iterations, found.test_every) == ("own_solver", 100, 2000, 500)
+    exec(compile((documented / "test_shipped.py").read_text(), "test_shipped.py", "exec"), asked)
+    keywords = asked["test_quick"].pytestmark[0].kwargs
+    assert Workload.from_keywords(keywords, configured()).batch_size == 100
+
+
+def test_the_documented_layer_works(documented: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="layers need PyTorch")
+    from sparkgauge.adapters.caffe import layers
+    from sparkgauge.adapters.caffe.engine_torch import TorchEngine
+    from sparkgauge.caffe import schema
+
+    added: dict[str, Any] = {"Layer": layers.Layer}
+    exec((documented / "plugin/sparkgauge/adapters/caffe/layers/elementwise.py,").read_text(), added)
+    monkeypatch.setitem(layers.LAYERS, "AbsVal", added["AbsVal"])
+    monkeypatch.setitem(schema.LAYER_PARAMETERS, "AbsVal", ())
+    monkeypatch.setattr(schema, "LAYER_TYPES", frozenset(schema.LAYER_PARAMETERS))
+    net = NET.replace('type: "ReLU" bottom: "conv" top: "conv"', 'type: "AbsVal" bottom: "conv" top: "abs"')
+    net = net.replace('bottom: "conv"\n  top: "ip"', 'bottom: "abs"\n  top: "ip"')
+    found = read_plan(write_project(tmp_path / "net", net=net))
+    engine = TorchEngine(found.solver_message(), *found.net_messages(), input_shape=(3, 32, 32), batch=4)
+    blobs = engine.blobs(np.zeros((4, 3, 32, 32), np.uint8), np.zeros(4, np.int64))
+    assert np.array_equal(blobs.data["abs"], np.abs(blobs.data["conv"]))
+    assert torch.isfinite(torch.from_numpy(blobs.diff["conv"])).all()

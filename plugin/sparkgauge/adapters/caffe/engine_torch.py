@@ -244,7 +244,8 @@ class TorchEngine:
     def _replay(self, indices: Tensor, global_batch: int, reduce: Reduce | None) -> Tensor:
         key = len(indices), global_batch, reduce is None
         if key not in self._graphs:
-            self._graphs[key] = _Graph(self._captured(global_batch, whole=reduce is None), indices.cuda(), self._keep())
+            step = self._captured(global_batch, whole=reduce is None)
+            self._graphs[key] = _Graph(step, indices.cuda(), self._keep(), self._generator)
         graph = self._graphs[key]
         if reduce is None:
             self._set_rate()
@@ -322,7 +323,7 @@ class _Transform:
 class _Graph:
     """A step captured as a CUDA graph, with the indices of its images as input."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor], indices: Tensor, keep: list[Tensor]) -> None:
+    def __init__(self, step: Callable[[Tensor], Tensor], indices: Tensor, keep: list[Tensor], generator: Any) -> None:
         self._indices = indices
         before = [tensor.clone() for tensor in keep]
         stream = torch.cuda.Stream()
@@ -332,14 +333,17 @@ class _Graph:
                 step(indices)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        self._graph.register_generator_state(generator)  # dropout's masks differ from replay to replay
+        # thread_local: NCCL's own thread may talk to the device meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._loss = step(indices)
         for tensor, value in zip(keep, before, strict=True):
             tensor.copy_(value)
 
     def replay(self, indices: Tensor) -> Tensor:
         """Run the step on the images at ``indices`` and return a copy of its loss."""
-        self._indices.copy_(indices)
+        # without non_blocking this would wait for the GPU; ordinary memory is read before the call returns
+        self._indices.copy_(indices, non_blocking=True)
         self._graph.replay()
         loss: Tensor = self._loss.clone()
         return loss
