@@ -13,11 +13,15 @@ pytest.importorskip("torch", reason="framework caffe needs PyTorch")
 pytest.importorskip("google.protobuf", reason="reading prototxt needs protobuf")
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plugin.tests.caffe_nets import NET, SOLVER, of_database, write_databases, write_project
 from sparkgauge.adapters.caffe import engine_caffe, launch
+from sparkgauge.adapters.caffe.training import parts
 from sparkgauge.caffe.plan import read_plan
 from sparkgauge.caffe.weights import read_state, read_weights
+from sparkgauge.data.shards import Sampler
 from sparkgauge.errors import MachineError, TrainingError
 from sparkgauge.models.caffe import path as shipped
 from sparkgauge.records import PHASES, Round
@@ -172,6 +176,16 @@ def test_weights_of_another_net_are_named(run: Any, saved: Path, quick: Any, tmp
     plan = read_plan(write_project(tmp_path), weights_file=saved / "torch-2_seed1_iter_20.caffemodel")
     with pytest.raises(TrainingError, match="Weights are missing.*none of conv, ip.*torch-2_seed1_iter_20"):
         run(plan)
+
+
+@given(st.integers(0, 300), st.integers(1, 4), st.integers(1, 4))
+def test_passes_are_cut_the_same_for_any_number_of_executors(batch: int, executors: int, each: int) -> None:
+    passes = executors * each
+    dealt = [parts(batch, passes, executors, rank) for rank in range(executors)]
+    assert [size for own in dealt for size in own] == parts(batch, passes, 1, 0)
+    for rank, own in enumerate(dealt):
+        share = Sampler(max(batch, 1), max(batch, 1), executors, rank, seed=1).share(0)
+        assert batch == 0 or sum(own) == share.stop - share.start
 
 
 def test_a_plan_travels(tmp_path: Path) -> None:

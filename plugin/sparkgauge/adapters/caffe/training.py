@@ -96,6 +96,13 @@ def load_start(engine: Engine, plan: Plan, folder: Path) -> None:
         engine.load_state(path)
 
 
+def parts(global_batch: int, passes: int, executors: int, rank: int) -> list[int]:
+    """Return the images of each pass of executor ``rank``: the global batch is cut the same for any number of them."""
+    each = passes // executors
+    bounds = [global_batch * number // passes for number in range(rank * each, (rank + 1) * each + 1)]
+    return [end - start for start, end in pairwise(bounds)]
+
+
 class Summed:
     """Sums one flat buffer over all executors, on the CPU or on its GPU, and counts bytes and waiting."""
 
@@ -154,26 +161,16 @@ class Trainer:
 
     def _step(self, step: Step, *, last: bool) -> None:
         """Update once by the mean gradient of the global batch, of which this executor's part may be empty."""
-        settings: dict[str, Any] = {
-            "global_batch": step.global_batch,
-            "reduce": self._reduce,
-            "parts": self._parts(step),
-        }
-        loss = self._engine.step(step.images, step.labels, **settings)
+        own = None
+        if self._passes > 1:
+            own = parts(step.global_batch, self._passes, self._context.executors, self._context.rank)
+        share = step.images, step.labels
+        loss = self._engine.step(*share, global_batch=step.global_batch, reduce=self._reduce, parts=own)
         self._context.record_loss(loss * step.global_batch)
         if step.index:
             self._context.move("compute", "sync", self.summed.waited())
         else:
             self.summed.waited()  # the first step is warm-up as a whole
-
-    def _parts(self, step: Step) -> list[int] | None:
-        """Return the images of this executor's passes: those of the global batch that fall into its share."""
-        if self._passes == 1:
-            return None
-        each = self._passes // self._context.executors
-        first = self._context.rank * each
-        bounds = [step.global_batch * number // self._passes for number in range(first, first + each + 1)]
-        return [end - start for start, end in pairwise(bounds)]
 
     def _test(self) -> None:
         """Count the right answers on this executor's share of the test set."""
