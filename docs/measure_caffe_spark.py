@@ -51,6 +51,9 @@ def main() -> None:
     parser.add_argument("--engine", choices=("torch", "caffe"), help="default: both, where Caffe is installed")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=5000, help="of full; the rest can follow from --snapshot")
+    parser.add_argument("--snapshot", type=Path, help="a .solverstate that --save-to of an earlier part wrote")
+    parser.add_argument("--save-to", default="", help="what the names of weights and state after full begin with")
     options = parser.parse_args()
     both = ["torch", "caffe"] if importlib.util.find_spec("caffe") else ["torch"]
     with cluster() as run:
@@ -93,12 +96,11 @@ def equal(run: Run, engine: str, options: argparse.Namespace) -> None:
 
 def full(run: Run, engine: str, options: argparse.Namespace) -> None:
     """Print runtime and accuracies of the whole training."""
-    done = run(engine, executors=EXECUTORS, iterations=5000, test_every=500)
+    part = {"iterations": options.iterations, "save_to": options.save_to, "snapshot": options.snapshot}
+    done = run(engine, executors=EXECUTORS, test_every=500, **part)
     tests = " ".join(f"{100 * p.accuracy_fraction:.1f}" for p in done.curve if p.accuracy_fraction is not None)
-    print(
-        f"engine {engine}: {done.runtime_seconds:.1f} s, accuracy {done.accuracy_fraction:.4f} ({tests} %)\n",
-        flush=True,
-    )
+    print(f"engine {engine}: {done.runtime_seconds:.1f} s, accuracy {done.accuracy_fraction:.4f}")
+    print(f"every 500 iterations: {tests} %\n", flush=True)
 
 
 @contextmanager
@@ -109,8 +111,9 @@ def cluster() -> Iterator[Run]:
     launch.prepare()
     spark = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS))
 
-    def run(engine: str, *, passes: int = 1, **changes: Any) -> Round:
-        plan = read_plan(shipped("cifar10_quick"), engine=engine, model="cifar10_quick", passes=passes)
+    def run(engine: str, *, passes: int = 1, snapshot: Path | None = None, **changes: Any) -> Round:
+        model = "cifar10_quick"
+        plan = read_plan(shipped(model), engine=engine, model=model, passes=passes, state_file=snapshot)
         fields: dict[str, Any] = {
             "address": Address("", 0, ""),
             "model": plan.model,

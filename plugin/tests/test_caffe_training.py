@@ -106,12 +106,12 @@ def test_phases_and_counts(quick: Any, engine: str) -> None:
 
 
 def test_both_engines_take_each_others_weights(run: Any, saved: Path, quick: Any) -> None:
+    net = shipped("cifar10_quick").with_name("cifar10_quick_train_test.prototxt").read_text()
+    standing_still = 'net: "net.prototxt"\nbase_lr: 0\nlr_policy: "fixed"\nmax_iter: 1\n'
     for first, second in (ENGINES, ENGINES[::-1]):
-        tested = quick(first, 2)[0].curve[-1].accuracy_fraction
-        frozen = write_project(saved / f"frozen-{second}", solver="base_lr: 0\nmax_iter: 1\nnet: 'net.prototxt'")
-        (frozen.parent / "net.prototxt").write_bytes(shipped("cifar10_quick").with_name(
-            "cifar10_quick_train_test.prototxt").read_bytes())  # fmt: skip
-        plan = read_plan(frozen, engine=second, weights_file=saved / f"{first}-2_seed1_iter_20.caffemodel")
+        tested = quick(first, 2)[0].accuracy_fraction
+        solver = write_project(saved / f"by-{second}", net=net, solver=standing_still)
+        plan = read_plan(solver, engine=second, weights_file=saved / f"{first}-2_seed1_iter_20.caffemodel")
         assert run(plan, iterations=1).accuracy_fraction == tested
 
 
