@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import itertools
 import queue
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -214,7 +215,7 @@ class _Conversation:
             self._results[rank] = message
         elif kind == "error":
             self._errors.append(message)
-        elif kind == "file":
+        elif kind == "file" and re.fullmatch(r"[\w.-]+", str(message["ending"])):  # a name, not a path
             self._files.setdefault(str(message["ending"]), bytearray()).extend(base64.b64decode(message["content"]))
         elif kind == "gone" and rank not in self._results:
             self._gone[rank] = str(message["why"])

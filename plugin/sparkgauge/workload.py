@@ -286,7 +286,7 @@ class _Reader:
             raise self._error("Engine 'caffe' trains on the CPU only", "device='cpu', or engine='torch'", "gpu")
         own = "solver" in self._keywords
         files = {name: self._file(name, folders) for name in ("weights", "snapshot")}
-        return read_plan(
+        plan = read_plan(
             self._file("solver", folders) or caffe_solver(model),
             engine=engine,
             folders=folders,
@@ -295,6 +295,9 @@ class _Reader:
             model=None if own else model,
             passes=self._passes(executors),
         )
+        if plan.lmdb is not None and "data" in self._keywords:
+            raise self._error("The net names its own data", f"no data=: it reads {plan.lmdb.train}", "data=")
+        return plan
 
     def _passes(self, executors: int) -> int:
         passes = int(self.value("passes", _count, 1))

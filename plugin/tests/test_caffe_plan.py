@@ -121,6 +121,7 @@ def test_a_snapshot_shortens_the_training(tmp_path: Path) -> None:
         ({"snapshot": "none.solverstate"}, "snapshot names no file"),
         ({"framework": "torch", "model": "cifar10_quick", "solver": "x"}, "solver belongs to framework 'caffe'"),
         ({"save_to": ""}, "Bad value for save_to"),
+        ({"options": 5}, "Bad value for options"),
     ],
 )
 def test_a_bad_keyword_is_refused(tmp_path: Path, keywords: dict[str, Any], message: str) -> None:
@@ -271,3 +272,10 @@ def test_the_documented_layer_works(documented: Path, tmp_path: Path, monkeypatc
     blobs = engine.blobs(np.zeros((4, 3, 32, 32), np.uint8), np.zeros(4, np.int64))
     assert np.array_equal(blobs.data["abs"], np.abs(blobs.data["conv"]))
     assert torch.isfinite(torch.from_numpy(blobs.diff["conv"])).all()
+
+
+def test_a_net_with_databases_takes_no_other_data(tmp_path: Path) -> None:
+    database_plan(tmp_path)
+    assert workload(tmp_path).plan is not None
+    with pytest.raises(ConfigurationError, match="names its own data.*train_lmdb"):
+        workload(tmp_path, data="synthetic")

@@ -16,8 +16,11 @@ from sparkgauge.errors import DataError
 from sparkgauge.records import DataIdentity
 
 NAMES = ("train_images", "train_labels", "test_images", "test_labels")
-DESCRIPTION = "data.json"
-"""Written last: a folder without it was never finished."""
+DESCRIPTION = "about.json"
+"""Ends the name of the file that is written last: a folder without it was never finished.
+
+All names begin with the key: Spark ships files of several databases into one folder.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ def pair(train: Path, test: Path) -> Pair:
 def prepare(databases: Pair, cache: Path) -> Dataset:
     """Return the databases' content below ``cache``, decoded now unless that was done; DataError for a damaged one."""
     folder = cache / f"lmdb-{databases.key}"
-    if (folder / DESCRIPTION).is_file():
-        return _loaded(folder)
+    if _description(folder, databases.key).is_file():
+        return _loaded(folder, databases.key)
     cache.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".preparing-", dir=cache))
     try:
@@ -59,11 +62,11 @@ def prepare(databases: Pair, cache: Path) -> Dataset:
         try:
             os.rename(work, folder)
         except OSError:
-            if not (folder / DESCRIPTION).is_file():  # another process was faster otherwise
+            if not _description(folder, databases.key).is_file():  # another process was faster otherwise
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return _loaded(folder)
+    return _loaded(folder, databases.key)
 
 
 def open_arrays(folder: Path, key: str) -> tuple[Any, ...]:
@@ -102,11 +105,15 @@ def _write(databases: Pair, folder: Path) -> None:
         digest.update(array.data)
     counts = len(arrays[1]), len(arrays[3])
     content = {"name": Path(databases.train).name, "digest": digest.hexdigest(), "counts": counts}
-    (folder / DESCRIPTION).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    _description(folder, databases.key).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def _loaded(folder: Path) -> Dataset:
-    content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+def _description(folder: Path, key: str) -> Path:
+    return folder / f"{key}-{DESCRIPTION}"
+
+
+def _loaded(folder: Path, key: str) -> Dataset:
+    content = json.loads(_description(folder, key).read_text(encoding="utf-8"))
     train, test = content["counts"]
     identity = DataIdentity(content["name"], "user", content["digest"], train, test)
     return Dataset(folder, identity, "", train, test)
