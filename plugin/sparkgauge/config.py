@@ -22,6 +22,8 @@ Kind = Literal[ValueKind, "choice", "flag", "switch"]
 Profile = Literal["smoke", "ci", "full"]
 
 PROFILES: tuple[Profile, ...] = ("smoke", "ci", "full")
+BatchRule = Literal["global", "per-executor"]
+BATCH_RULES: tuple[BatchRule, ...] = ("global", "per-executor")
 SYNTHETIC = "synthetic"
 """The value of ``--gauge-data`` that asks for the look-alike data."""
 EMBEDDED = "embedded"
@@ -193,6 +195,14 @@ OPTIONS: tuple[Option, ...] = (
     _twin(
         "seed", "seed", "Seed of the first round; each round adds one (default: 1).", default=DEFAULT_SEED, metavar="N"
     ),
+    _twin(
+        "batch",
+        "choice",
+        "What a model's batch counts: the images of all executors together, or of each, so that more executors "
+        "train on more images per step (default: global).",
+        default="global",
+        choices=BATCH_RULES,
+    ),
     _line_only(
         "against",
         "text",
@@ -282,6 +292,7 @@ class GaugeConfig:
     against: str | None = None
     """The commit that this session compares with, in the user's words; None for stored baselines."""
     against_python: Path | None = None
+    batch: BatchRule = "global"
 
     @property
     def embedded(self) -> bool:
@@ -342,7 +353,7 @@ def check(get_option: Callable[[str], Any], get_ini: Callable[[str], Any], envir
     _max_rounds(values, given)
 
 
-_COPIED = ("data", "profile", "rounds", "update", "require_baseline", "confidence", "inconclusive", "seed")
+_COPIED = ("data", "profile", "rounds", "update", "require_baseline", "confidence", "inconclusive", "seed", "batch")
 
 
 def is_ci(environ: Mapping[str, str]) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkgauge.channel import ExecutorChannel
 from sparkgauge.job import Job
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sparkgauge.data.shards import Shard
-
 PROGRESS_SECONDS = 0.5
 """Least time between two progress messages: a terminal shows no more, and the wire stays idle."""
 
 CURVE_STEPS = 50
 """A point of the learning curve is kept every so many steps, and at each test."""
+
+FILE_PART_BYTES = 4 * 1024 * 1024
+"""Of a file in one message."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Step:
     """Shape (b,)."""
     global_batch: int
     """Images of this step over all executors: divide summed losses by it."""
+
+
+class Batches(Protocol):
+    """What :meth:`Context.steps` needs of a shard."""
+
+    @property
+    def sampler(self) -> Any:
+        """Return the order of the images."""
+
+    def batch(self, step: int) -> tuple[Any, Any]:
+        """Return this executor's images, or what stands for them, and labels of the global step."""
 
 
 class Context:
@@ -61,6 +74,8 @@ class Context:
         self.test_every = job.test_every
         self.threads = job.threads
         self.options: Mapping[str, Any] = job.options
+        self.plan = job.plan
+        self.save_to = job.save_to
         self.handle = handle
         """The framework's own handle: with TensorFlow the ``MultiWorkerMirroredStrategy``."""
         self.step_seconds: list[float] = []
@@ -75,13 +90,13 @@ class Context:
         self._tested_step = -1
         self._next_progress = 0.0
 
-    def total_steps(self, shard: Shard) -> int:
+    def total_steps(self, shard: Batches) -> int:
         """Return the number of training steps of this round."""
         if self.iterations is not None:
             return self.iterations
-        return math.ceil((self.epochs or 1) * shard.sampler.steps_per_epoch)
+        return math.ceil((self.epochs or 1) * int(shard.sampler.steps_per_epoch))
 
-    def steps(self, shard: Shard) -> Iterator[Step]:
+    def steps(self, shard: Batches) -> Iterator[Step]:
         """Yield every training step of the round, timing how long the batch and the body take."""
         total = self.total_steps(shard)
         for index in range(total):
@@ -130,6 +145,12 @@ class Context:
         earlier = self.test_images if self._tested_step == self._step_number else 0
         self.test_images, self._tested_step = earlier + int(tested), self._step_number
         self._point(correct=int(correct), tested=int(tested))
+
+    def send_file(self, ending: str, content: bytes) -> None:
+        """Hand a file to the driver, which writes it as ``save_to`` + ``ending`` once the round has ended well."""
+        for start in range(0, max(len(content), 1), FILE_PART_BYTES):
+            part = base64.b64encode(content[start : start + FILE_PART_BYTES]).decode()
+            self._channel.send("file", ending=ending, content=part)
 
     def _after_step(self, index: int, total: int) -> None:
         if (index + 1) % CURVE_STEPS == 0 or index + 1 == total:

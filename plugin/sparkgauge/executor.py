@@ -23,20 +23,31 @@ from sparkgauge.records import to_json
 if TYPE_CHECKING:
     from sparkgauge.data.shards import Shard
 
-Train = Callable[[Context, "Shard"], "Mapping[str, float] | None"]
+Train = Callable[[Context, Any], "Mapping[str, float] | None"]
+"""``(context, shard)``."""
+OpenShard = Callable[[Job, int], Any]
+"""``(job, rank)``: returns what ``train`` gets as its shard."""
 
 
-def run(job: Job, rank: int, train: Train, *, prepare: Callable[[], Any] = lambda: None) -> None:
+def run(
+    job: Job,
+    rank: int,
+    train: Train,
+    *,
+    prepare: Callable[[], Any] = lambda: None,
+    open_shard: OpenShard | None = None,
+) -> None:
     """Train on this executor and report to the driver; an exception is reported there first, then raised.
 
-    ``prepare`` makes the framework's handle (rendezvous, devices), timed as launch.
+    ``prepare`` makes the framework's handle (rendezvous, devices), timed as launch. ``open_shard`` opens another data
+    set than the session's CIFAR-10.
     """
     channel = ExecutorChannel(job.address, rank)
     clock = PhaseClock(channel.driver_start)
     watch = _Watch()
     try:
         context = Context(job, rank, channel, clock, prepare())
-        metrics = _checked(train(context, _open_shard(job, rank)))
+        metrics = _checked(train(context, (open_shard or _open_shard)(job, rank)))
         clock.switch("collect")
         channel.send("result", **_summary(context, clock, metrics), **watch.seen(), attempt=attempt())
         _await_release(channel)
@@ -84,12 +95,17 @@ def attempt() -> int:
 def _open_shard(job: Job, rank: int) -> Shard:
     from sparkgauge.data.shards import Shard
 
-    folder = job.dataset_folder
-    if not folder:
-        from pyspark import SparkFiles
+    folder = data_folder(job)
+    return Shard.open(folder, executors=job.executors, rank=rank, global_batch=job.global_batch, seed=job.seed)
 
-        folder = SparkFiles.getRootDirectory()
-    return Shard.open(Path(folder), executors=job.executors, rank=rank, global_batch=job.global_batch, seed=job.seed)
+
+def data_folder(job: Job) -> Path:
+    """Return the folder of the prepared data on this executor."""
+    if job.dataset_folder:
+        return Path(job.dataset_folder)
+    from pyspark import SparkFiles
+
+    return Path(SparkFiles.getRootDirectory())
 
 
 def _summary(context: Context, clock: PhaseClock, metrics: dict[str, float]) -> dict[str, Any]:

@@ -38,6 +38,10 @@ class Job:
     """The user's own ``fit(context, shard)``; None trains a built-in model."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Passed through to ``fn`` as ``context.options``."""
+    plan: Any = None
+    """What the framework's adapter needs beside the model's name, e.g. a :class:`sparkgauge.caffe.plan.Plan`."""
+    save_to: str = ""
+    """Path on the driver that the names of the files begin with that executor 0 hands over; empty for none."""
     injections: Mapping[str, float] = field(default_factory=dict)
     """Deliberate slowdown per phase, as a fraction of the phase's own time: shows that the gate works."""
 

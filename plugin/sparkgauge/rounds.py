@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import itertools
 import queue
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from sparkgauge.channel import DriverChannel
 from sparkgauge.environment import load_average
-from sparkgauge.errors import ConfigurationError, GaugeError, TrainingError, TrainingTimeout
+from sparkgauge.errors import ConfigurationError, DataError, GaugeError, TrainingError, TrainingTimeout
 from sparkgauge.job import Job, Launched
 from sparkgauge.machine import process_cpu_seconds, reference_seconds
 from sparkgauge.records import CurvePoint, ExecutorRecord, MachineState, PhaseSeconds, Round, from_json
@@ -93,6 +96,7 @@ def run_round(
             if launched is not None:
                 launched.close()
         finished = conversation.round(channel.elapsed(), started_at, load)
+        conversation.write_files()
     invalid = finished.invalid or spark_job.retries()
     return replace(finished, driver_cpu_seconds=cpu.seconds(), invalid=invalid)
 
@@ -122,6 +126,7 @@ class _Conversation:
         self._results: dict[int, Message] = {}
         self._errors: list[Message] = []
         self._gone: dict[int, str] = {}
+        self._files: dict[str, bytearray] = {}
 
     def pump(self, wait_seconds: float = 0.0) -> None:
         """Handle what has arrived; raises the executors' error or the timeout."""
@@ -168,6 +173,11 @@ class _Conversation:
             invalid=_retried_tasks(results),
         )
 
+    def write_files(self) -> None:
+        """Write the files that executor 0 handed over, each whole or not at all."""
+        for ending, content in self._files.items() if self._job.save_to else ():
+            write_whole(Path(self._job.save_to + ending), bytes(content))
+
     def _executor(self, rank: int, runtime_seconds: float) -> ExecutorRecord:
         result = self._results[rank]
         phases = PhaseSeconds(**result["phases"])
@@ -205,6 +215,8 @@ class _Conversation:
             self._results[rank] = message
         elif kind == "error":
             self._errors.append(message)
+        elif kind == "file" and re.fullmatch(r"[\w.-]+", str(message["ending"])):  # a name, not a path
+            self._files.setdefault(str(message["ending"]), bytearray()).extend(base64.b64decode(message["content"]))
         elif kind == "gone" and rank not in self._results:
             self._gone[rank] = str(message["why"])
 
@@ -306,6 +318,19 @@ class _DriverCpu:
     def _now(self) -> float | None:
         jvm = None if self._jvm is None else process_cpu_seconds(self._jvm)
         return None if jvm is None else jvm + time.process_time()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path`` and move it there; DataError where that is impossible."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise DataError("Cannot write", actual=error.strerror or str(error), where=str(path)) from None
 
 
 def _retried_tasks(results: list[Message]) -> str:

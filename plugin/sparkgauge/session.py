@@ -78,6 +78,7 @@ class Timer(Protocol):
 PREIMPORTS: Mapping[str, tuple[str, ...]] = {
     "tensorflow": ("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training"),
     "torch": ("torch", "torch.distributed", "sparkgauge.adapters.torch.training"),
+    "caffe": ("torch", "torch.distributed", "sparkgauge.adapters.caffe.training"),
 }
 """What a Python task of an executor finds imported already, by framework; what is not installed is passed over."""
 
@@ -106,9 +107,10 @@ class GaugeSession:
         """The other side of ``--gauge-against``."""
         self.server: Server | None = None
         """Where this session takes rounds for another one, which asks and judges."""
-        self._root = root
+        self.root = root
         self._cluster: SparkCluster | None = None
         self._datasets: dict[str | None, Dataset] = {}
+        self._told: set[str] = set()
         self._shipped: set[Path] = set()
         self._warm_executors: set[str] = set()
         self._frameworks: set[str] = set()
@@ -131,7 +133,7 @@ class GaugeSession:
     @cached_property
     def commit(self) -> str:
         """Return the git commit of the tests' folder."""
-        return environment.git_commit(self._root)
+        return environment.git_commit(self.root)
 
     def dataset(self, source: str | None = None) -> Dataset:
         """Return the data set of ``source`` (the session's own by default), prepared for executors."""
@@ -144,6 +146,22 @@ class GaugeSession:
             cache = Path(pooch.os_cache("sparkgauge"))
             self._datasets[wanted] = resolve(wanted, cache_dir=cache, progress=not self.config.ci)
         return self._datasets[wanted]
+
+    def data_of(self, workload: Workload) -> Dataset:
+        """Return the data set that ``workload`` trains on, prepared: the session's, or that of a Caffe net."""
+        if workload.plan is None:
+            return self.dataset(workload.data)
+        from sparkgauge.caffe import lmdb_data
+        from sparkgauge.caffe.plan import check_mean
+
+        if workload.plan.lmdb is None:
+            check_mean(workload.plan, (3, 32, 32))
+            return self.dataset(workload.data)
+        import pooch
+
+        dataset = lmdb_data.prepare(workload.plan.lmdb, Path(pooch.os_cache("sparkgauge")))
+        check_mean(workload.plan, lmdb_data.image_shape(dataset))
+        return dataset
 
     @property
     def resolved(self) -> list[Dataset]:
@@ -168,8 +186,17 @@ class GaugeSession:
         """Start the cluster, prepare the data and load the adapter, where that has not been done."""
         self._frameworks.add(workload.framework)
         self.cluster()
-        self.dataset(workload.data)
+        self.data_of(workload)
         _adapter(workload).prepare()
+        self._tell_superseded(workload)
+
+    def _tell_superseded(self, workload: Workload) -> None:
+        """Say once which fields of a Caffe solver have no effect here."""
+        plan = workload.plan
+        if plan is not None and plan.superseded and plan.name not in self._told:
+            self._told.add(plan.name)
+            fields = ", ".join(plan.superseded)
+            self.progress.message(f"sparkgauge: {plan.name}: no effect here (docs/caffe.md): {fields}")
 
     def run_round(self, workload: Workload, seed: int, index: int, planned: int) -> Round:
         """Return one round of ``workload``; afterwards no task of it is left, however it ended."""
@@ -274,7 +301,7 @@ class GaugeSession:
             self._warm_executors = present
 
     def _job(self, cluster: SparkCluster, workload: Workload, seed: int) -> Job:
-        dataset = self.dataset(workload.data)
+        dataset = self.data_of(workload)
         local = cluster.kind != "external"
         if not local:
             self._ship(cluster, dataset)
@@ -294,6 +321,8 @@ class GaugeSession:
             loopback=local,
             fn=_portable(workload.fn),
             options=dict(workload.options),
+            plan=workload.plan,
+            save_to=workload.save_to,
             injections=self.config.injections,
         )
 
@@ -342,7 +371,8 @@ class TestGauge:
         """Return a training of the workload that ``keywords`` describe; its rounds are run when first looked at."""
         __tracebackhide__ = True
         session = self.session
-        workload = Workload.from_keywords(keywords, session.config, where=where)
+        folders = (session.root / Path(self.test_id.partition("::")[0]).parent, session.root)
+        workload = Workload.from_keywords(keywords, session.config, where=where, folders=folders)
         self._check_installed(workload)
         training = Training(
             label=pick_label(label, [one.label for one in self.trainings]),
@@ -422,6 +452,8 @@ class TestGauge:
 
     def _check_installed(self, workload: Workload) -> None:
         _adapter(workload).check_installed()
+        if workload.plan is not None and self.session.config.embedded:  # executors elsewhere have packages of their own
+            _adapter(workload).check_engine(workload.plan.engine)
         if workload.device == "gpu":
             gpu.require(workload.executors)
 
@@ -484,7 +516,7 @@ class TestGauge:
             label=training.label,
             workload=workload.to_dict(),
             profile=session.config.profile,
-            data=session.dataset(workload.data).identity,
+            data=session.data_of(workload).identity,
             environment=session.environment,
             commit=session.commit,
             rounds=tuple(training.rounds),

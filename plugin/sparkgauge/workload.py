@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparkgauge import config as values
 from sparkgauge.config import GaugeConfig
 from sparkgauge.errors import ConfigurationError
+from sparkgauge.models.caffe import SOLVERS as CAFFE_SOLVERS
+from sparkgauge.models.caffe import path as caffe_solver
 from sparkgauge.models.cifar10 import RECIPES
+
+if TYPE_CHECKING:
+    from sparkgauge.caffe.plan import Plan
 
 ENTRY_POINT_GROUP = "sparkgauge.models"
 """Users register their own ``fit(context, shard)`` under a name here."""
@@ -28,15 +34,15 @@ class FrameworkSpec:
     """A framework this package knows by name."""
 
     models: tuple[str, ...]
-    module: str | None
-    """Its adapter; None for a name that is reserved for a later version."""
+    module: str
+    """Its adapter."""
     launchers: tuple[str, ...] = ("default",)
     """Ways to start it on Spark, the usual one first."""
 
 
 FRAMEWORKS: dict[str, FrameworkSpec] = {
     "tensorflow": FrameworkSpec(models=("cifar10_quick", "cifar10_tutorial"), module="sparkgauge.adapters.tensorflow"),
-    "caffe": FrameworkSpec(models=("cifar10_quick",), module=None),
+    "caffe": FrameworkSpec(models=tuple(CAFFE_SOLVERS), module="sparkgauge.adapters.caffe"),
     "torch": FrameworkSpec(
         models=("cifar10_quick", "cifar10_full", "cifar10_tutorial", "resnet20", "speedrun"),
         module="sparkgauge.adapters.torch",
@@ -103,20 +109,33 @@ class Workload:
     """The user's ``fit(context, shard)``; None trains a built-in model."""
     launcher: str = "default"
     """How the framework is started on Spark; see ``FrameworkSpec.launchers``."""
+    plan: Plan | None = None
+    """With framework caffe: the solver, its nets and the engine."""
+    save_to: str = ""
+    """With framework caffe: what the names of the saved weights and states begin with; empty for none."""
 
     @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any], config: GaugeConfig, *, where: str = "gauge(...)") -> Workload:
+    def from_keywords(
+        cls,
+        keywords: Mapping[str, Any],
+        config: GaugeConfig,
+        *,
+        where: str = "gauge(...)",
+        folders: Sequence[Path] = (),
+    ) -> Workload:
         """Return the workload of ``keywords``, completed from ``config`` and its profile.
 
-        A keyword wins over ini file and profile, an option on the command line over the keyword. ConfigurationError
-        names an unknown keyword or a bad value, what is allowed, and ``where`` it stands.
+        A keyword wins over ini file and profile, an option on the command line over the keyword. Relative paths are
+        looked for in ``folders``. ConfigurationError names an unknown keyword or a bad value, what is allowed, and
+        ``where`` it stands.
         """
         reader = _Reader(keywords, config, where)
         profile = PROFILE_SPECS[config.profile]
         framework, model, fn = reader.training()
         executors = reader.executors()
-        batch_size = reader.batch_size(model, executors)
-        iterations, epochs = reader.length(model, profile)
+        plan = reader.plan(framework, model, executors, [Path(folder) for folder in folders] or [Path.cwd()])
+        batch_size = reader.batch_size(model, executors, plan)
+        iterations, epochs = reader.length(model, profile, plan)
         return cls(
             framework=framework,
             model=model,
@@ -127,7 +146,7 @@ class Workload:
             epochs=epochs,
             iterations=iterations,
             batch_size=batch_size,
-            test_every=reader.test_every(model),
+            test_every=reader.test_every(model, plan),
             rounds=reader.setting("rounds", _count, config.rounds or profile.rounds),
             warmup_rounds=reader.value("warmup_rounds", _count_from_zero, profile.warmup_rounds),
             seed=reader.setting("seed", _seed, config.seed),
@@ -138,6 +157,8 @@ class Workload:
             data=reader.value("data", _text, None),
             options=reader.value("options", _options, {}),
             launcher=reader.launcher(framework),
+            plan=plan,
+            save_to=reader.save_to(folders),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,6 +173,7 @@ class Workload:
             "options": dict(self.options),
             "function": _function_name(self.fn),
             **({} if usual else {"launcher": self.launcher}),
+            **({} if self.plan is None else {"engine": self.plan.engine, "solver": self.plan.digest}),
         }
 
 
@@ -160,6 +182,9 @@ _IDENTITY = (
     *("epochs", "iterations", "batch_size", "test_every"),
 )
 
+
+CAFFE_KEYWORDS = ("engine", "solver", "weights", "snapshot", "save_to", "passes")
+"""Those that only framework caffe takes."""
 
 KEYWORDS = (
     "framework",
@@ -181,6 +206,7 @@ KEYWORDS = (
     "data",
     "options",
     "launcher",
+    *CAFFE_KEYWORDS,
 )
 """Every keyword of the ``gauge`` marker and of ``train(...)``."""
 
@@ -224,16 +250,77 @@ class _Reader:
     def training(self) -> tuple[str, str, Fit | None]:
         """Return framework, model name and the user's function, if any."""
         framework = self.choice("framework", tuple(FRAMEWORKS), DEFAULT_FRAMEWORK)
-        if FRAMEWORKS[framework].module is None:
-            shipped = ", ".join(name for name, spec in FRAMEWORKS.items() if spec.module)
-            summary, expected = f"Framework {framework!r} is not available yet", f"this version ships: {shipped}"
-            raise self._error(summary, expected, framework)
+        if framework == "caffe":
+            return framework, self._caffe_model(), None
+        for name in CAFFE_KEYWORDS:
+            if name in self._keywords:
+                raise self._error(f"{name} belongs to framework 'caffe'", "framework='caffe'", framework)
         if "fn" in self._keywords:
             return framework, CUSTOM_MODEL, self._callable("fn", self._keywords["fn"])
         built_in = FRAMEWORKS[framework].models
         if self._keywords.get("model") in built_in:
             return framework, self._keywords["model"], None
         return self._registered(framework, built_in)
+
+    def _caffe_model(self) -> str:
+        given = [name for name in ("model", "solver") if name in self._keywords]
+        if "fn" in self._keywords or len(given) != 1:
+            actual = " and ".join([*given, *(["fn"] if "fn" in self._keywords else [])]) or "neither"
+            expected = f"solver= with a file, or model= one of {', '.join(CAFFE_SOLVERS)}"
+            raise self._error("Framework 'caffe' trains a solver file", expected, actual)
+        if given == ["solver"]:
+            return Path(self.value("solver", _path, "")).stem
+        return self.choice("model", tuple(CAFFE_SOLVERS), "")
+
+    def plan(self, framework: str, model: str, executors: int, folders: Sequence[Path]) -> Plan | None:
+        """Return what a training of a Caffe net needs, read from its files; None for another framework."""
+        if framework != "caffe":
+            return None
+        from sparkgauge.caffe import require_protobuf
+
+        require_protobuf()
+        from sparkgauge.caffe.plan import ENGINES, read_plan
+
+        engine = self.choice("engine", ENGINES, ENGINES[0])
+        if engine == "caffe" and self.choice("device", DEVICES, "cpu") == "gpu":
+            raise self._error("Engine 'caffe' trains on the CPU only", "device='cpu', or engine='torch'", "gpu")
+        own = "solver" in self._keywords
+        files = {name: self._file(name, folders) for name in ("weights", "snapshot")}
+        plan = read_plan(
+            self._file("solver", folders) or caffe_solver(model),
+            engine=engine,
+            folders=folders,
+            weights_file=files["weights"],
+            state_file=files["snapshot"],
+            model=None if own else model,
+            passes=self._passes(executors),
+        )
+        if plan.lmdb is not None and "data" in self._keywords:
+            raise self._error("The net names its own data", f"no data=: it reads {plan.lmdb.train}", "data=")
+        return plan
+
+    def _passes(self, executors: int) -> int:
+        passes = int(self.value("passes", _count, 1))
+        if passes > 1 and (passes % executors or self._keywords.get("device") == "gpu"):
+            expected = f"a multiple of {executors}, the executors, on the CPU"
+            raise self._error("Bad value for passes", expected, passes)
+        return passes
+
+    def _file(self, name: str, folders: Sequence[Path]) -> Path | None:
+        """Return the file that keyword ``name`` gives, in the first of ``folders`` that has it; None without it."""
+        value = self.value(name, _path, None)
+        if value is None:
+            return None
+        candidates = [folder / Path(value).expanduser() for folder in folders]
+        found = next((path for path in candidates if path.is_file()), None)
+        if found is None:
+            raise self._error(f"{name} names no file", " or ".join(map(str, dict.fromkeys(candidates))), value)
+        return found
+
+    def save_to(self, folders: Sequence[Path]) -> str:
+        """Return the absolute path that the names of saved files begin with; empty where none are saved."""
+        value = self.value("save_to", _path, "")
+        return str((Path(folders[-1]) if folders else Path.cwd()) / Path(value).expanduser()) if value else ""
 
     def _registered(self, framework: str, built_in: tuple[str, ...]) -> tuple[str, str, Fit]:
         name = self._keywords.get("model")
@@ -272,30 +359,50 @@ class _Reader:
             raise self._error("Bad value for executors", f"at most the cluster's {available}", executors, hint)
         return executors
 
-    def batch_size(self, model: str, executors: int) -> int:
+    def batch_size(self, model: str, executors: int, plan: Plan | None) -> int:
         """Return the global batch, at least one image per executor."""
         default = RECIPES[model].global_batch if model in RECIPES else DEFAULT_CUSTOM_BATCH
-        size = int(self.value("batch_size", _count, max(default, executors)))
+        default = max(default, executors) if plan is None else plan.batch
+        size = int(self.value("batch_size", _count, default))
+        if self._config.batch == "per-executor":
+            return size * executors
         if size < executors:
             expected = f"at least one image for each of {executors} executors"
             raise self._error("Bad value for batch_size", expected, size)
         return size
 
-    def length(self, model: str, profile: ProfileSpec) -> tuple[int | None, float | None]:
+    def length(self, model: str, profile: ProfileSpec, plan: Plan | None) -> tuple[int | None, float | None]:
         """Return iterations and epochs, of which at most one is set."""
         iterations, epochs = self.value("iterations", _count, None), self.value("epochs", _epochs, None)
         if iterations is not None and epochs is not None:
             actual = f"iterations={iterations} and epochs={epochs}"
             raise self._error("Two lengths of training", "either iterations or epochs", actual)
+        if plan is not None:
+            return self._caffe_length(iterations, epochs, profile, plan)
         if iterations is None and epochs is None:
             iterations = profile.iterations or full_iterations(model)
             if self._config.profile == "ci":
                 iterations = CI_ITERATIONS.get(model, iterations)
         return iterations, epochs
 
-    def test_every(self, model: str) -> int | None:
+    def _caffe_length(
+        self, iterations: int | None, epochs: float | None, profile: ProfileSpec, plan: Plan
+    ) -> tuple[int | None, float | None]:
+        """Return the solver's own length in profile full, else the profile's, never beyond the solver's."""
+        if plan.remaining < 1:
+            actual = f"a snapshot of iteration {plan.first_iteration}, max_iter {plan.max_iter}"
+            raise self._error("Nothing is left to train", "a snapshot from before max_iter", actual)
+        if iterations is not None and iterations > plan.remaining:
+            hint = "Raise max_iter: what the learning rate would be beyond it, the solver does not say."
+            raise self._error("Bad value for iterations", f"at most {plan.remaining}, the solver's", iterations, hint)
+        if iterations is None and epochs is None:
+            iterations = min(profile.iterations or plan.remaining, plan.remaining)
+        return iterations, epochs
+
+    def test_every(self, model: str, plan: Plan | None) -> int | None:
         """Return the steps between tests: the recipe's in profile full, else only the one at the end."""
-        reference = RECIPES[model].test_every if self._config.profile == "full" and model in RECIPES else None
+        own = plan.test_interval if plan is not None else RECIPES[model].test_every if model in RECIPES else None
+        reference = own if self._config.profile == "full" else None
         found: int | None = self.value("test_every", _count, reference)
         return found
 
@@ -341,6 +448,10 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigurationError(f"Bad value for {name}", expected="a text that is not empty", actual=repr(value))
     return value
+
+
+def _path(value: Any, name: str) -> str:
+    return _text(str(value) if isinstance(value, Path) else value, name)
 
 
 def _options(value: Any, name: str) -> dict[str, Any]:

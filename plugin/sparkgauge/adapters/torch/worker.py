@@ -36,12 +36,20 @@ class Handle:
     """The ``torch.device`` to train on."""
 
 
-def main(meeting: Meeting, job: Job, rank: int, peers: Peers) -> None:
-    """Train ``job`` as executor ``rank``."""
+def main(
+    meeting: Meeting,
+    job: Job,
+    rank: int,
+    peers: Peers,
+    train: executor.Train | None = None,
+    open_shard: executor.OpenShard | None = None,
+) -> None:
+    """Train ``job`` as executor ``rank``, by ``train`` and ``open_shard`` where another adapter gives them."""
     if peers.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(peers.gpus)
     with contextlib.ExitStack() as stack:
-        executor.run(job, rank, _guarded(_training_function(job)), prepare=lambda: _handle(meeting, job, rank, stack))
+        guarded = _guarded(train or _training_function(job))
+        executor.run(job, rank, guarded, prepare=lambda: _handle(meeting, job, rank, stack), open_shard=open_shard)
 
 
 def _training_function(job: Job) -> executor.Train:
