@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sparkgauge.against.server import Server
     from sparkgauge.cluster.spark import SparkCluster
     from sparkgauge.data.dataset import Dataset
+    from sparkgauge.lease import Lease
 
 
 class Timer(Protocol):
@@ -85,8 +86,9 @@ PREIMPORTS = (
 class GaugeSession:
     """What all tests of a pytest session share; cluster and data are made when first needed."""
 
-    def __init__(self, config: GaugeConfig, root: Path, progress: Progress) -> None:
-        self.config = config
+    def __init__(self, config: GaugeConfig, root: Path, progress: Progress, *, wants_gpus: bool = False) -> None:
+        """``wants_gpus``: some test trains on GPUs, so that the cluster offers them from the start."""
+        self.config = config.for_gpus(len(gpu.detect()), environment.usable_cores()) if wants_gpus else config
         self.progress = progress
         self.store = BaselineStore(config.baselines_folder)
         self.runs: list[RunRecord] = []
@@ -111,6 +113,8 @@ class GaugeSession:
         self._datasets: dict[str | None, Dataset] = {}
         self._shipped: set[Path] = set()
         self._warm_executors: set[str] = set()
+        self._wants_gpus = wants_gpus and (bool(gpu.detect()) or not config.embedded)
+        self._lease: Lease | None = None
 
     @cached_property
     def environment(self) -> Environment:
@@ -149,8 +153,15 @@ class GaugeSession:
         """Return the data sets that were used."""
         return list(self._datasets.values())
 
-    def cluster(self) -> SparkCluster:
-        """Return the running cluster, started by the first call; lost executors are waited for."""
+    def cluster(self, *, device: str = "cpu") -> SparkCluster:
+        """Return the running cluster, started by the first call; lost executors are waited for.
+
+        A cluster without GPUs is replaced by one with them when ``device`` is ``gpu``.
+        """
+        if device == "gpu" and self._cluster is not None and not self._cluster.spec.gpus:
+            self.progress.message("sparkgauge: restarting the cluster, with GPUs")
+            self.stop()
+        self._wants_gpus = self._wants_gpus or device == "gpu"
         if self._cluster is None:
             self._cluster = self._start_cluster()
         self._cluster.ensure_alive()
@@ -162,10 +173,13 @@ class GaugeSession:
         if self._cluster is not None:
             self._cluster.stop()
             self._cluster, self._warm_executors = None, set()
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
     def prepare(self, workload: Workload) -> None:
         """Start the cluster, prepare the data and load the adapter, where that has not been done."""
-        self.cluster()
+        self.cluster(device=workload.device)
         self.dataset(workload.data)
         _adapter(workload).prepare()
 
@@ -173,7 +187,7 @@ class GaugeSession:
         """Return one round of ``workload``; afterwards no task of it is left, however it ended."""
         from sparkgauge.rounds import run_round
 
-        cluster = self.cluster()
+        cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
         job = self._job(cluster, workload, seed)
         try:
@@ -198,7 +212,7 @@ class GaugeSession:
 
         if self.opponent is not None or self.server is not None:
             return ()
-        cluster = self.cluster()
+        cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
         return time_reference(cluster.spark.sparkContext, workload.executors)
 
@@ -248,6 +262,7 @@ class GaugeSession:
             python=sys.executable,
             master=None if config.embedded else config.master,
             preimport=PREIMPORTS,
+            gpus=self._gpu_shares() if self._wants_gpus else (),
         )
         cluster = SparkCluster.start(spec, self.progress.message)
         try:
@@ -256,6 +271,24 @@ class GaugeSession:
             cluster.stop()
             raise
         return cluster
+
+    def _gpu_shares(self) -> tuple[tuple[str, ...], ...]:
+        """Return the GPUs of each executor, leased for this session; elsewhere only their number, which Spark finds."""
+        from sparkgauge import lease
+
+        config, each = self.config, self.config.gpus_per_executor
+        if not config.embedded and not str(config.master).startswith("local-cluster"):
+            if each < 1:
+                raise ConfigurationError(
+                    "A GPU of an existing cluster cannot be shared",
+                    expected="--gauge-gpus-per-executor of at least 1",
+                    actual=f"{each:g}",
+                )
+            return (("",) * int(each),) * config.executors
+        served = gpu.fitting(config.executors, len(gpu.detect()), each)
+        count, say = gpu.needed(served, each), self.progress.message
+        self._lease = self._lease or lease.lease(count, shared=each < 1, say=say)
+        return gpu.plan(self._lease.addresses, config.executors, each)
 
     def _warm(self, cluster: SparkCluster) -> None:
         """Let executors that are new import their frameworks now: no round is to be charged with it."""
@@ -414,7 +447,20 @@ class TestGauge:
     def _check_installed(self, workload: Workload) -> None:
         _adapter(workload).check_installed()
         if workload.device == "gpu":
-            gpu.require(workload.executors)
+            self._check_gpus(workload)
+
+    def _check_gpus(self, workload: Workload) -> None:
+        config = self.session.config
+        if not config.embedded and not str(config.master).startswith("local-cluster"):
+            return  # the GPUs are elsewhere: Spark's resources tell
+        gpu.require(workload.executors, config.gpus_per_executor)
+        served = gpu.fitting(config.executors, len(gpu.detect()), config.gpus_per_executor)
+        if 1 < workload.executors <= served < config.executors:
+            raise ConfigurationError(
+                "Some executors of this session share their GPU",
+                expected=f"--gauge-executors {served}, one for each share of the GPUs",
+                actual=f"--gauge-executors {config.executors}, and a test that trains on {workload.executors}",
+            )
 
     def _run(self, training: Training, rounds: int, warmups: int) -> None:
         __tracebackhide__ = True
