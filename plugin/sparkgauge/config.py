@@ -652,7 +652,7 @@ def _requirements(value: Any, where: str) -> frozenset[str]:
     return frozenset(_one_of(part, REQUIREMENTS, where) for part in str(value).split(","))
 
 
-def _prices(value: Any, where: str) -> dict[str, float]:
+def prices(value: Any, where: str) -> dict[str, float]:
     """Return the price of an hour by device of ``DEVICE=PRICE/h,...``."""
     expected = (
         "DEVICE=PRICE/h with a price above 0, each device once: cpu, gpu or a GPU's name, e.g. cpu=0.8/h,gpu=3.2/h"
@@ -688,5 +688,5 @@ _CONVERTERS: Mapping[str, Callable[[Any, str], Any]] = {
     "text": _text,
     "gpu_share": _gpu_share,
     "requirements": _requirements,
-    "prices": _prices,
+    "prices": prices,
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sparkgauge import baselines, environment, gpu
+from sparkgauge import baselines, environment, gpu, nvml
 from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
@@ -612,6 +612,12 @@ class TestGauge:
                 "Refusing to store a baseline of a run that was slowed down on purpose",
                 actual=f"--gauge-inject {dict(self.session.config.injections)}",
                 hint="Run without --gauge-inject.",
+            )
+        if nvml.played_devices():
+            raise BaselineError(
+                "Refusing to store a baseline of GPUs that are played",
+                actual=f"{nvml.PLAYED_VARIABLE}={os.environ.get(nvml.PLAYED_VARIABLE)}",
+                hint=f"Run without {nvml.PLAYED_VARIABLE}.",
             )
         path = self._path()
         fresh = baseline_of(runs, self.session.approval(), more_samples=self._speedups)
