@@ -60,7 +60,8 @@ def reference_table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
     """
     measured = [run for run in runs if run.valid_rounds]
     ratios = {id(pair.gpu): pair.ratio for pair in pairs(measured)}
-    rows, shown = [HEADERS], set()
+    rows: list[tuple[str, ...]] = [HEADERS]
+    shown: set[int] = set()
     for reference in REFERENCES:
         rows.append(_reference_row(reference))
         for run in measured:
