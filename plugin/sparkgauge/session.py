@@ -16,7 +16,7 @@ from sparkgauge import baselines, environment, gpu, nvml
 from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
-from sparkgauge.errors import BaselineError, ConfigurationError
+from sparkgauge.errors import BaselineError, ConfigurationError, MachineError
 from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
 from sparkgauge.job import Job
 from sparkgauge.records import (
@@ -163,7 +163,7 @@ class GaugeSession:
             self.stop()
         self._wants_gpus = self._wants_gpus or device == "gpu"
         if self._cluster is None:
-            self._cluster = self._start_cluster()
+            self._cluster = self._start_cluster(device)
         self._cluster.ensure_alive()
         self._warm(self._cluster)
         return self._cluster
@@ -250,7 +250,7 @@ class GaugeSession:
             found[0], hardware_class="-and-".join([*classes, scheme]), software={**found[0].software, "java": java}
         )
 
-    def _start_cluster(self) -> SparkCluster:
+    def _start_cluster(self, device: str) -> SparkCluster:
         from sparkgauge.cluster.conf import ClusterSpec
         from sparkgauge.cluster.spark import SparkCluster
 
@@ -262,7 +262,7 @@ class GaugeSession:
             python=sys.executable,
             master=None if config.embedded else config.master,
             preimport=PREIMPORTS,
-            gpus=self._gpu_shares() if self._wants_gpus else (),
+            gpus=self._gpu_shares(device) if self._wants_gpus else (),
         )
         cluster = SparkCluster.start(spec, self.progress.message)
         try:
@@ -272,10 +272,11 @@ class GaugeSession:
             raise
         return cluster
 
-    def _gpu_shares(self) -> tuple[tuple[str, ...], ...]:
-        """Return the GPUs of each executor, leased for this session; elsewhere only their number, which Spark finds."""
-        from sparkgauge import lease
+    def _gpu_shares(self, device: str) -> tuple[tuple[str, ...], ...]:
+        """Return the GPUs of each executor, leased for this session; none where a CPU test need not wait for them.
 
+        Of an existing cluster only their number counts, which Spark finds.
+        """
         config, each = self.config, self.config.gpus_per_executor
         if not config.embedded and not str(config.master).startswith("local-cluster"):
             if each < 1:
@@ -285,10 +286,27 @@ class GaugeSession:
                     actual=f"{each:g}",
                 )
             return (("",) * int(each),) * config.executors
-        served = gpu.fitting(config.executors, len(gpu.detect()), each)
-        count, say = gpu.needed(served, each), self.progress.message
-        self._lease = self._lease or lease.lease(count, shared=each < 1, say=say)
+        try:
+            self._lease = self._lease or self._leased(gpu.needed(self._served(), each), waits=device == "gpu")
+        except MachineError as error:
+            if device == "gpu":
+                raise
+            self.progress.message(f"sparkgauge: starting without GPUs: {error.summary}")
+            return ()
         return gpu.plan(self._lease.addresses, config.executors, each)
+
+    def _leased(self, count: int, *, waits: bool) -> Lease:
+        from sparkgauge import lease
+
+        # two sides of a comparison take turns on the same GPUs
+        shared = self.config.gpus_per_executor < 1 or self.opponent is not None or self.server is not None
+        seconds = lease.WAIT_SECONDS if waits else 0.0
+        return lease.lease(count, shared=shared, wait_seconds=seconds, say=self.progress.message)
+
+    def _served(self) -> int:
+        """Return how many of the executors have GPUs of their own."""
+        config = self.config
+        return gpu.fitting(config.executors, len(gpu.detect()), config.gpus_per_executor)
 
     def _warm(self, cluster: SparkCluster) -> None:
         """Let executors that are new import their frameworks now: no round is to be charged with it."""
@@ -454,7 +472,7 @@ class TestGauge:
         if not config.embedded and not str(config.master).startswith("local-cluster"):
             return  # the GPUs are elsewhere: Spark's resources tell
         gpu.require(workload.executors, config.gpus_per_executor)
-        served = gpu.fitting(config.executors, len(gpu.detect()), config.gpus_per_executor)
+        served = self.session._served()
         if 1 < workload.executors <= served < config.executors:
             raise ConfigurationError(
                 "Some executors of this session share their GPU",
