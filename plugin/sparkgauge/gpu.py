@@ -105,6 +105,18 @@ def expose(addresses: Sequence[str]) -> None:
     os.environ[VISIBLE_VARIABLE] = ",".join(addresses) or NONE_VISIBLE
 
 
+def of_task() -> tuple[str, ...]:
+    """Return the addresses of the GPUs that Spark gave the task running here; outside of one, those that are visible."""
+    from pyspark import TaskContext
+
+    task = TaskContext.get()
+    given = task.resources().get("gpu") if task is not None else None
+    if given is not None:
+        return tuple(given.addresses)
+    visible = os.environ.get(VISIBLE_VARIABLE, "")
+    return () if visible in ("", NONE_VISIBLE) else tuple(visible.split(","))
+
+
 def visible_uuids() -> tuple[str, ...]:
     """Return the UUIDs of the GPUs that this process may use, in CUDA's order."""
     gpus = _all(DRIVER_FOLDER)

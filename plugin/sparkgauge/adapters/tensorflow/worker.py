@@ -14,7 +14,7 @@ from sparkgauge.job import Job
 def main(arguments: dict[str, Job], node: Any) -> None:
     """Train ``arguments["job"]`` as ``node`` (a TFNodeContext) of the cluster that TensorFlowOnSpark has formed."""
     job = arguments["job"]
-    addresses = _given_gpus() if job.device == "gpu" else ()
+    addresses = gpu.of_task() if job.device == "gpu" else ()
     gpu.expose(addresses)  # TensorFlowOnSpark has set the variable to Spark's GPUs, on the CPU too
     try:
         executor.run(job, node.executor_id, _training_function(job), prepare=lambda: _strategy(job, node, addresses))
@@ -32,18 +32,6 @@ def _train_built_in(model: str, context: Any, shard: Any) -> None:
     from sparkgauge.adapters.tensorflow.training import train
 
     train(model, context, shard)
-
-
-def _given_gpus() -> tuple[str, ...]:
-    """Return the addresses of the GPUs that Spark gave this executor's task; its training may run in a child."""
-    from pyspark import TaskContext
-
-    task = TaskContext.get()
-    given = task.resources().get("gpu") if task is not None else None
-    if given is not None:
-        return tuple(given.addresses)
-    visible = os.environ.get(gpu.VISIBLE_VARIABLE, "")
-    return () if visible in ("", gpu.NONE_VISIBLE) else tuple(visible.split(","))
 
 
 def _strategy(job: Job, node: Any, addresses: tuple[str, ...]) -> Any:
