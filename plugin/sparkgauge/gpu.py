@@ -106,7 +106,7 @@ def expose(addresses: Sequence[str]) -> None:
 
 
 def of_task() -> tuple[str, ...]:
-    """Return the addresses of the GPUs that Spark gave the task running here; outside of one, those that are visible."""
+    """Return the addresses of the GPUs that Spark gave the task that runs here; outside of one, the visible ones."""
     from pyspark import TaskContext
 
     task = TaskContext.get()
