@@ -205,7 +205,8 @@ class SparkCluster:
     def _registration_seconds(self) -> float:
         """Return how long executors may take: Spark lets an application wait forever for GPUs that nobody has."""
         limit = self.spec.start_timeout_seconds
-        return min(limit, GPU_REGISTRATION_SECONDS) if self.spec.gpus else limit
+        is_elsewhere = self.kind == "external"  # here the workers have what was dealt out to them
+        return min(limit, GPU_REGISTRATION_SECONDS) if self.spec.gpus and is_elsewhere else limit
 
     def _driver_environment(self, java: Java, spark_home: Path) -> dict[str, str | None]:
         return conf.driver_environment(
