@@ -9,14 +9,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sparkgauge.errors import ConfigurationError
 
 ValueKind = Literal[
-    "count", "seed", "seconds", "percent", "points", "confidence", "memory", "master", "injections", "path", "text"
+    "count",
+    "seed",
+    "seconds",
+    "percent",
+    "points",
+    "confidence",
+    "memory",
+    "master",
+    "injections",
+    "path",
+    "text",
+    "gpu_share",
+    "prices",
+    "requirements",
 ]
 Kind = Literal[ValueKind, "choice", "flag", "switch"]
 Profile = Literal["smoke", "ci", "full"]
@@ -47,6 +60,9 @@ DEFAULT_SEED = 1
 
 INJECTABLE_PHASES = ("feed", "compute")
 """The phases that a training step can be slowed down in."""
+
+REQUIREMENTS = ("gpu",)
+"""What ``--gauge-require`` can ask of a machine."""
 
 _GROUP = "sparkgauge"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -223,6 +239,29 @@ OPTIONS: tuple[Option, ...] = (
         default={},
         metavar="PHASE=PERCENT,...",
     ),
+    _twin(
+        "gpus_per_executor",
+        "gpu_share",
+        "GPUs of each executor in sessions with tests on GPUs: a whole number, or a fraction such as 0.5 for two "
+        "executors that share one (default: 1).",
+        default=1.0,
+        metavar="N",
+    ),
+    _twin(
+        "require",
+        "requirements",
+        "What this machine must have: gpu makes tests that would be skipped for want of one fail.",
+        default=frozenset(),
+        metavar="gpu",
+    ),
+    _twin(
+        "price",
+        "prices",
+        "What an hour of a machine costs, by device or by a GPU's name: cpu=0.80/h,gpu=3.20/h adds cost per training "
+        "and the break-even price to the report.",
+        default={},
+        metavar="DEVICE=PRICE/h,...",
+    ),
 )
 """Every option, in the order of ``pytest --help``."""
 
@@ -293,6 +332,13 @@ class GaugeConfig:
     """The commit that this session compares with, in the user's words; None for stored baselines."""
     against_python: Path | None = None
     batch: BatchRule = "global"
+    gpus_per_executor: float = 1.0
+    required: frozenset[str] = frozenset()
+    """What the machine must have: tests that want it fail rather than skip."""
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """Price of an hour of the whole machine, by device (``cpu``, ``gpu``) or by a GPU's name."""
+    chosen: frozenset[str] = frozenset()
+    """Which of ``executors`` and ``cores`` somebody chose; the others follow from the machine."""
 
     @property
     def embedded(self) -> bool:
@@ -342,7 +388,24 @@ class GaugeConfig:
             given=given,
             against=values["against"],
             against_python=values["against_python"],
+            gpus_per_executor=values["gpus_per_executor"],
+            required=values["require"],
+            prices=values["price"],
+            chosen=frozenset(name for name in ("executors", "cores") if values[name]),
         )
+
+    def for_gpus(self, gpus: int, cores: int) -> GaugeConfig:
+        """Return this for a session with tests on GPUs: as many executors as ``gpus`` serve, where nobody chose.
+
+        An embedded cluster then shares the machine's ``cores`` out anew, so that CPU tests use them all.
+        """
+        from sparkgauge.gpu import fitting
+
+        if not self.embedded or "executors" in self.chosen or not gpus:
+            return self
+        executors = fitting(self.executors, gpus, self.gpus_per_executor)
+        cores_each = self.cores_per_executor if "cores" in self.chosen else max(1, cores // executors)
+        return replace(self, executors=executors, cores_per_executor=cores_each)
 
 
 def check(get_option: Callable[[str], Any], get_ini: Callable[[str], Any], environ: Mapping[str, str]) -> None:
@@ -588,6 +651,34 @@ def _injections(value: Any, where: str) -> dict[str, float]:
     return found
 
 
+def _gpu_share(value: Any, where: str) -> float:
+    expected = "a whole number of GPUs, or a fraction between 0 and 1, e.g. 0.5"
+    result = number(value, where, expected)
+    if result <= 0 or (result > 1 and result != int(result)):
+        raise _bad(where, expected, value)
+    return result
+
+
+def _requirements(value: Any, where: str) -> frozenset[str]:
+    return frozenset(_one_of(part, REQUIREMENTS, where) for part in str(value).split(","))
+
+
+def prices(value: Any, where: str) -> dict[str, float]:
+    """Return the price of an hour by device of ``DEVICE=PRICE/h,...``."""
+    expected = (
+        "DEVICE=PRICE/h with a price above 0, each device once: cpu, gpu or a GPU's name, e.g. cpu=0.8/h,gpu=3.2/h"
+    )
+    found: dict[str, float] = {}
+    for part in str(value).split(","):
+        device, _, price = (word.strip() for word in part.rpartition("="))
+        if not device or device in found or not price.endswith("/h"):
+            raise _bad(where, expected, value)
+        found[device] = number(price, where, expected, unit="/h")
+        if found[device] <= 0:
+            raise _bad(where, expected, value)
+    return found
+
+
 def _text(value: Any, where: str) -> str:
     if not str(value).strip():
         raise _bad(where, "a text that is not empty", value)
@@ -606,4 +697,7 @@ _CONVERTERS: Mapping[str, Callable[[Any, str], Any]] = {
     "injections": _injections,
     "path": _text,
     "text": _text,
+    "gpu_share": _gpu_share,
+    "requirements": _requirements,
+    "prices": prices,
 }

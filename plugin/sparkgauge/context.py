@@ -109,6 +109,8 @@ class Context:
             self._clock.switch("compute" if index else "warmup")
             body = time.monotonic()
             yield Step(index, images, labels, shard.sampler.global_batch_size(index))
+            if index + 1 == total:
+                self._clock.synchronise()  # the last steps may still be queued on the device
             tested = self._excluded_seconds() - excluded
             self._inject("compute", time.monotonic() - body - tested)
             self.train_images += len(labels)

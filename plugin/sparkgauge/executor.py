@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparkgauge import device
 from sparkgauge.channel import ExecutorChannel
 from sparkgauge.context import Context
+from sparkgauge.gpu_watch import GpuWatch
 from sparkgauge.job import Job
 from sparkgauge.machine import counters, jvm_above, process_cpu_seconds, state_between
 from sparkgauge.phases import PhaseClock
@@ -44,25 +46,30 @@ def run(
     """
     channel = ExecutorChannel(job.address, rank)
     clock = PhaseClock(channel.driver_start)
-    watch = _Watch()
+    watch = _Watch(job, clock)
     try:
-        context = Context(job, rank, channel, clock, prepare())
+        handle = prepare()
+        clock.synchronise = device.synchroniser(job.device, handle)
+        context = Context(job, rank, channel, clock, handle)
         metrics = _checked(train(context, (open_shard or _open_shard)(job, rank)))
         clock.switch("collect")
         channel.send("result", **_summary(context, clock, metrics), **watch.seen(), attempt=attempt())
         _await_release(channel)
     except BaseException as error:
+        told = device.explained(error, job)
         with contextlib.suppress(OSError):  # the driver may have gone; Spark reports the exception as well
-            channel.send("error", summary=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            channel.send("error", summary=f"{type(told).__name__}: {told}", traceback=traceback.format_exc())
         raise
     finally:
+        watch.stop()
         channel.close()
 
 
 class _Watch:
     """What this process, its JVM and its machine did since it was made."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: Job, clock: PhaseClock) -> None:
+        self._gpus = GpuWatch(lambda: clock.phase).start() if job.device == "gpu" else None
         self._cpu_seconds = time.process_time()
         self._jvm = jvm_above()
         self._jvm_seconds = self._jvm_now()
@@ -76,7 +83,13 @@ class _Watch:
             "cpu_seconds": time.process_time() - self._cpu_seconds,
             "jvm_cpu_seconds": spent,
             "machine": to_json(state_between(self._counters, counters())),
+            "gpus": [to_json(one) for one in self._gpus.stop()] if self._gpus else [],
         }
+
+    def stop(self) -> None:
+        """End what runs beside the training."""
+        if self._gpus is not None:
+            self._gpus.stop()
 
     def _jvm_now(self) -> float | None:
         return None if self._jvm is None else process_cpu_seconds(self._jvm)

@@ -20,7 +20,7 @@ from sparkgauge.environment import load_average
 from sparkgauge.errors import ConfigurationError, DataError, GaugeError, TrainingError, TrainingTimeout
 from sparkgauge.job import Job, Launched
 from sparkgauge.machine import process_cpu_seconds, reference_seconds
-from sparkgauge.records import CurvePoint, ExecutorRecord, MachineState, PhaseSeconds, Round, from_json
+from sparkgauge.records import CurvePoint, ExecutorRecord, GpuState, MachineState, PhaseSeconds, Round, from_json
 
 POLL_SECONDS = 0.05
 """Between two looks at the Spark job while the executors are silent."""
@@ -195,6 +195,7 @@ class _Conversation:
             phase_cpu_seconds=None if by_cpu is None else from_json(PhaseSeconds, by_cpu, "an executor's CPU seconds"),
             jvm_cpu_seconds=result.get("jvm_cpu_seconds"),
             machine=None if machine is None else from_json(MachineState, machine, "an executor's machine"),
+            gpus=tuple(from_json(GpuState, one, "an executor's GPU") for one in result.get("gpus", ())),
         )
 
     def _receive(self, wait_seconds: float) -> None:

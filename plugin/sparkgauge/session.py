@@ -12,11 +12,11 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sparkgauge import baselines, environment, gpu
+from sparkgauge import baselines, environment, gpu, nvml
 from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
-from sparkgauge.errors import BaselineError, ConfigurationError
+from sparkgauge.errors import BaselineError, ConfigurationError, MachineError
 from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
 from sparkgauge.job import Job
 from sparkgauge.records import (
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sparkgauge.against.server import Server
     from sparkgauge.cluster.spark import SparkCluster
     from sparkgauge.data.dataset import Dataset
+    from sparkgauge.lease import Lease
 
 
 class Timer(Protocol):
@@ -86,8 +87,9 @@ PREIMPORTS: Mapping[str, tuple[str, ...]] = {
 class GaugeSession:
     """What all tests of a pytest session share; cluster and data are made when first needed."""
 
-    def __init__(self, config: GaugeConfig, root: Path, progress: Progress) -> None:
-        self.config = config
+    def __init__(self, config: GaugeConfig, root: Path, progress: Progress, *, wants_gpus: bool = False) -> None:
+        """``wants_gpus``: some test trains on GPUs, so that the cluster offers them from the start."""
+        self.config = config.for_gpus(len(gpu.detect()), environment.usable_cores()) if wants_gpus else config
         self.progress = progress
         self.store = BaselineStore(config.baselines_folder)
         self.runs: list[RunRecord] = []
@@ -114,6 +116,8 @@ class GaugeSession:
         self._shipped: set[Path] = set()
         self._warm_executors: set[str] = set()
         self._frameworks: set[str] = set()
+        self._wants_gpus = wants_gpus and (bool(gpu.detect()) or not config.embedded)
+        self._lease: Lease | None = None
 
     @cached_property
     def environment(self) -> Environment:
@@ -168,10 +172,17 @@ class GaugeSession:
         """Return the data sets that were used."""
         return list(self._datasets.values())
 
-    def cluster(self) -> SparkCluster:
-        """Return the running cluster, started by the first call; lost executors are waited for."""
+    def cluster(self, *, device: str = "cpu") -> SparkCluster:
+        """Return the running cluster, started by the first call; lost executors are waited for.
+
+        A cluster without GPUs is replaced by one with them when ``device`` is ``gpu``.
+        """
+        if device == "gpu" and self._cluster is not None and not self._cluster.spec.gpus:
+            self.progress.message("sparkgauge: restarting the cluster, with GPUs")
+            self.stop()
+        self._wants_gpus = self._wants_gpus or device == "gpu"
         if self._cluster is None:
-            self._cluster = self._start_cluster()
+            self._cluster = self._start_cluster(device)
         self._cluster.ensure_alive()
         self._warm(self._cluster)
         return self._cluster
@@ -181,11 +192,14 @@ class GaugeSession:
         if self._cluster is not None:
             self._cluster.stop()
             self._cluster, self._warm_executors = None, set()
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
     def prepare(self, workload: Workload) -> None:
         """Start the cluster, prepare the data and load the adapter, where that has not been done."""
         self._frameworks.add(workload.framework)
-        self.cluster()
+        self.cluster(device=workload.device)
         self.data_of(workload)
         _adapter(workload).prepare()
         self._tell_superseded(workload)
@@ -202,7 +216,7 @@ class GaugeSession:
         """Return one round of ``workload``; afterwards no task of it is left, however it ended."""
         from sparkgauge.rounds import run_round
 
-        cluster = self.cluster()
+        cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
         job = self._job(cluster, workload, seed)
         try:
@@ -227,7 +241,7 @@ class GaugeSession:
 
         if self.opponent is not None or self.server is not None:
             return ()
-        cluster = self.cluster()
+        cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
         return time_reference(cluster.spark.sparkContext, workload.executors)
 
@@ -265,7 +279,7 @@ class GaugeSession:
             found[0], hardware_class="-and-".join([*classes, scheme]), software={**found[0].software, "java": java}
         )
 
-    def _start_cluster(self) -> SparkCluster:
+    def _start_cluster(self, device: str) -> SparkCluster:
         from sparkgauge.cluster.conf import ClusterSpec
         from sparkgauge.cluster.spark import SparkCluster
 
@@ -277,6 +291,7 @@ class GaugeSession:
             python=sys.executable,
             master=None if config.embedded else config.master,
             preimport=self._preimports(),
+            gpus=self._gpu_shares(device) if self._wants_gpus else (),
         )
         cluster = SparkCluster.start(spec, self.progress.message)
         try:
@@ -292,6 +307,42 @@ class GaugeSession:
         external = not self.config.embedded and not str(self.config.master).startswith("local-cluster")
         wanted = PREIMPORTS if external else sorted(self._frameworks & PREIMPORTS.keys())
         return tuple(module for framework in wanted for module in PREIMPORTS[framework])
+
+    def _gpu_shares(self, device: str) -> tuple[tuple[str, ...], ...]:
+        """Return the GPUs of each executor, leased for this session; none where a CPU test need not wait for them.
+
+        Of an existing cluster only their number counts, which Spark finds.
+        """
+        config, each = self.config, self.config.gpus_per_executor
+        if not config.embedded and not str(config.master).startswith("local-cluster"):
+            if each < 1:
+                raise ConfigurationError(
+                    "A GPU of an existing cluster cannot be shared",
+                    expected="--gauge-gpus-per-executor of at least 1",
+                    actual=f"{each:g}",
+                )
+            return (("",) * int(each),) * config.executors
+        try:
+            self._lease = self._lease or self._leased(gpu.needed(self._served(), each), waits=device == "gpu")
+        except MachineError as error:
+            if device == "gpu":
+                raise
+            self.progress.message(f"sparkgauge: starting without GPUs: {error.summary}")
+            return ()
+        return gpu.plan(self._lease.addresses, config.executors, each)
+
+    def _leased(self, count: int, *, waits: bool) -> Lease:
+        from sparkgauge import lease
+
+        # two sides of a comparison take turns on the same GPUs
+        shared = self.config.gpus_per_executor < 1 or self.opponent is not None or self.server is not None
+        seconds = lease.WAIT_SECONDS if waits else 0.0
+        return lease.lease(count, shared=shared, wait_seconds=seconds, say=self.progress.message)
+
+    def _served(self) -> int:
+        """Return how many of the executors have GPUs of their own."""
+        config = self.config
+        return gpu.fitting(config.executors, len(gpu.detect()), config.gpus_per_executor)
 
     def _warm(self, cluster: SparkCluster) -> None:
         """Let executors that are new import their frameworks now: no round is to be charged with it."""
@@ -455,7 +506,20 @@ class TestGauge:
         if workload.plan is not None and self.session.config.embedded:  # executors elsewhere have packages of their own
             _adapter(workload).check_engine(workload.plan.engine)
         if workload.device == "gpu":
-            gpu.require(workload.executors)
+            self._check_gpus(workload)
+
+    def _check_gpus(self, workload: Workload) -> None:
+        config = self.session.config
+        if not config.embedded and not str(config.master).startswith("local-cluster"):
+            return  # the GPUs are elsewhere: Spark's resources tell
+        gpu.require(workload.executors, config.gpus_per_executor)
+        served = self.session._served()
+        if 1 < workload.executors <= served < config.executors:
+            raise ConfigurationError(
+                "Some executors of this session share their GPU",
+                expected=f"--gauge-executors {served}, one for each share of the GPUs",
+                actual=f"--gauge-executors {config.executors}, and a test that trains on {workload.executors}",
+            )
 
     def _run(self, training: Training, rounds: int, warmups: int) -> None:
         __tracebackhide__ = True
@@ -607,6 +671,12 @@ class TestGauge:
                 "Refusing to store a baseline of a run that was slowed down on purpose",
                 actual=f"--gauge-inject {dict(self.session.config.injections)}",
                 hint="Run without --gauge-inject.",
+            )
+        if nvml.played_devices():
+            raise BaselineError(
+                "Refusing to store a baseline of GPUs that are played",
+                actual=f"{nvml.PLAYED_VARIABLE}={os.environ.get(nvml.PLAYED_VARIABLE)}",
+                hint=f"Run without {nvml.PLAYED_VARIABLE}.",
             )
         path = self._path()
         fresh = baseline_of(runs, self.session.approval(), more_samples=self._speedups)

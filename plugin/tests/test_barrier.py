@@ -99,3 +99,8 @@ def test_fixed_executors_are_accepted(value: str | None) -> None:
 def test_dynamic_allocation_is_refused(value: str) -> None:
     with pytest.raises(ClusterError, match=r"spark\.dynamicAllocation\.enabled=false"):
         barrier.refuse_dynamic_allocation(_Settings(value))
+
+
+def test_a_gpu_training_without_gpus_is_refused(trainings: Any) -> None:
+    with pytest.raises(TrainingError, match="device='gpu' was asked for, but Spark gave this executor no GPU"):
+        _run(trainings, trains, device="gpu")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import sparkgauge
+from sparkgauge import discovery
 from sparkgauge.cluster import conf, standalone, watchdog
 from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.java import Java, find_java
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.05
 EXTERNAL_GRACE_SECONDS = 5.0
 """How long more executors than are registered may take to show up once the session runs."""
+GPU_REGISTRATION_SECONDS = 30.0
+"""How long executors with GPUs may take to register; without them it is 3-10 s on a quiet machine."""
 RELAUNCH_TIMEOUT_SECONDS = 30.0
 """A killed executor is back in 3-4 s on a quiet machine."""
 
@@ -195,6 +198,8 @@ class SparkCluster:
     def _start(self, java: Java, spark_home: Path) -> None:
         secret = secrets.token_hex(32)
         standalone.prepare_folder(self.folder)
+        if self.spec.gpus and self.kind != "external":
+            discovery.write_script(conf.discovery_script(self.folder).parent, self.spec.gpus, sys.executable)
         if self.kind != "external":
             text = conf.properties_text(self.spec.extra)
             standalone.write_private(self.folder / "conf" / "spark-defaults.conf", text)
@@ -210,7 +215,13 @@ class SparkCluster:
             settings = self._settings(gateway, secret, master_url)
             self.spark = self._open_session(gateway, settings)
         self._progress(f"waiting for {self.spec.executors} executors")
-        self.wait_for_executors(self.spec.executors, self.spec.start_timeout_seconds)
+        self.wait_for_executors(self.spec.executors, self._registration_seconds())
+
+    def _registration_seconds(self) -> float:
+        """Return how long executors may take: Spark lets an application wait forever for GPUs that nobody has."""
+        limit = self.spec.start_timeout_seconds
+        is_elsewhere = self.kind == "external"  # here the workers have what was dealt out to them
+        return min(limit, GPU_REGISTRATION_SECONDS) if self.spec.gpus and is_elsewhere else limit
 
     def _driver_environment(self, java: Java, spark_home: Path) -> dict[str, str | None]:
         return conf.driver_environment(
@@ -296,6 +307,9 @@ class SparkCluster:
         return [process for process in marked if not _belongs_to_spark(process)]
 
     def _too_few(self, wanted: int, available: int, how: str, hint: str) -> ClusterError:
+        if self.spec.gpus:
+            each = len(self.spec.gpus[0])
+            hint = f"{hint}. Each needs a worker that offers {each} GPU{'s' if each > 1 else ''} (docs/gpu.md)"
         return ClusterError(
             "Too few Spark executors",
             expected=f"{wanted} executors",
