@@ -16,7 +16,18 @@ from typing import Any, Literal, Protocol
 from sparkgauge.errors import ConfigurationError
 
 ValueKind = Literal[
-    "count", "seed", "seconds", "percent", "points", "confidence", "memory", "master", "injections", "path", "text"
+    "count",
+    "retries",
+    "seed",
+    "seconds",
+    "percent",
+    "points",
+    "confidence",
+    "memory",
+    "master",
+    "injections",
+    "path",
+    "text",
 ]
 Kind = Literal[ValueKind, "choice", "flag", "switch"]
 Profile = Literal["smoke", "ci", "full"]
@@ -42,6 +53,8 @@ DEFAULT_MARGIN_PERCENT = 10.0
 DEFAULT_ACCURACY_MARGIN_POINTS = 1.0
 DEFAULT_CONFIDENCE = 0.95
 DEFAULT_SEED = 1
+RETRY_LIMIT = 100
+"""Nobody waits for so many; a mistyped number must not let a round fail for hours."""
 
 INJECTABLE_PHASES = ("feed", "compute")
 """The phases that a training step can be slowed down in."""
@@ -193,6 +206,14 @@ OPTIONS: tuple[Option, ...] = (
     _twin(
         "seed", "seed", "Seed of the first round; each round adds one (default: 1).", default=DEFAULT_SEED, metavar="N"
     ),
+    _twin(
+        "retries",
+        "retries",
+        "Times that a round may go on after an executor was lost, where the framework can; such a round is no timing "
+        "sample (default: 0).",
+        default=0,
+        metavar="N",
+    ),
     _line_only(
         "against",
         "text",
@@ -282,6 +303,8 @@ class GaugeConfig:
     against: str | None = None
     """The commit that this session compares with, in the user's words; None for stored baselines."""
     against_python: Path | None = None
+    retries: int = 0
+    """Times that a round may go on after an executor was lost."""
 
     @property
     def embedded(self) -> bool:
@@ -342,7 +365,7 @@ def check(get_option: Callable[[str], Any], get_ini: Callable[[str], Any], envir
     _max_rounds(values, given)
 
 
-_COPIED = ("data", "profile", "rounds", "update", "require_baseline", "confidence", "inconclusive", "seed")
+_COPIED = ("data", "profile", "rounds", "update", "require_baseline", "confidence", "inconclusive", "seed", "retries")
 
 
 def is_ci(environ: Mapping[str, str]) -> bool:
@@ -490,6 +513,11 @@ def count(value: Any, where: str) -> int:
     return _whole(value, where, 1, None, "a whole number of at least 1")
 
 
+def retries(value: Any, where: str) -> int:
+    """Return ``value`` as a number of retries, 0 to 100."""
+    return _whole(value, where, 0, RETRY_LIMIT + 1, f"a whole number from 0 to {RETRY_LIMIT}")
+
+
 def seed(value: Any, where: str) -> int:
     """Return ``value`` as a seed, 0 to 2**32 - 1."""
     return _whole(value, where, 0, _SEED_LIMIT, f"a whole number from 0 to {_SEED_LIMIT - 1}")
@@ -585,6 +613,7 @@ def _text(value: Any, where: str) -> str:
 
 _CONVERTERS: Mapping[str, Callable[[Any, str], Any]] = {
     "count": count,
+    "retries": retries,
     "seed": seed,
     "seconds": seconds,
     "percent": percent,

@@ -30,7 +30,8 @@ def launch(spark_context: Any, job: Job, *, job_group: str, check: Callable[[], 
     """Start the job on all executors and return; they meet at a store that this process serves until the round ends."""
     store, meeting = _open(job)
     entry = functools.partial(worker.main, meeting)
-    settings: dict[str, Any] = {"job_group": job_group, "check": check, "entry": entry}
+    retryable = job.recovery is not None and job.recovery.retries > 0
+    settings: dict[str, Any] = {"job_group": job_group, "check": check, "entry": entry, "retryable": retryable}
     try:
         return barrier.launch(spark_context, job, close=_closing(store), **settings)
     except BaseException:

@@ -41,7 +41,8 @@ def main(meeting: Meeting, job: Job, rank: int, peers: Peers) -> None:
     if peers.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(peers.gpus)
     with contextlib.ExitStack() as stack:
-        executor.run(job, rank, _guarded(_training_function(job)), prepare=lambda: _handle(meeting, job, rank, stack))
+        train = _guarded(_training_function(job))
+        executor.run(job, rank, train, prepare_attempt=lambda attempt: _handle(meeting, job, rank, stack, attempt))
 
 
 def _training_function(job: Job) -> executor.Train:
@@ -62,10 +63,10 @@ def _guarded(train: Callable[[Any, Any], Any]) -> executor.Train:
     return guarded
 
 
-def _handle(meeting: Meeting, job: Job, rank: int, stack: contextlib.ExitStack) -> Handle:
+def _handle(meeting: Meeting, job: Job, rank: int, stack: contextlib.ExitStack, attempt: int) -> Handle:
     torch = _torch(meeting)
     device = _device(torch, job)
-    group = stack.enter_context(collective.open_group(job, rank, meeting.store, job.device))
+    group = stack.enter_context(collective.open_group(job, rank, meeting.store, job.device, attempt))
     return Handle(group, device)
 
 
