@@ -37,6 +37,9 @@ NAME = "dataframe"
 SPLIT_SEED = 0
 """``test_fraction`` takes the same rows in every run."""
 
+SPLIT_ROWS = 8192
+"""Rows held in memory while they are divided."""
+
 INTEGERS = ("tinyint", "smallint", "int", "bigint")
 
 _PREIMPORT = "SPARKGAUGE_PREIMPORT"
@@ -315,10 +318,14 @@ def _split(folder: Path, layout: Layout, count: int, fraction: float) -> dict[st
     chosen = np.zeros(count, bool)
     chosen[test_rows(count, fraction)] = True
     for kind, width in (("images", layout.width), ("labels", 1)):
-        source = folder / f"train_{kind}.bin"
-        whole = np.fromfile(source, np.uint8).reshape(count, width)
-        whole[chosen].tofile(folder / f"test_{kind}.bin")
-        whole[~chosen].tofile(source)
+        source, kept = folder / f"train_{kind}.bin", folder / f"kept_{kind}.bin"
+        with source.open("rb") as whole, kept.open("xb") as train, (folder / f"test_{kind}.bin").open("xb") as test:
+            for start in range(0, count, SPLIT_ROWS):
+                own = chosen[start : start + SPLIT_ROWS]
+                block = np.fromfile(whole, np.uint8, len(own) * width).reshape(-1, width)
+                test.write(block[own].data)
+                train.write(block[~own].data)
+        kept.replace(source)
     tested = int(chosen.sum())
     return {"train": count - tested, "test": tested}
 
