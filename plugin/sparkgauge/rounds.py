@@ -240,7 +240,8 @@ class _Conversation:
         if attempts.begins_another(message, bool(self._errors or self._gone)):
             if attempts.left <= 0:
                 raise self._spark_error("")
-            attempts.begin(f"executor {', '.join(map(str, self._lost())) or '(unknown)'} was lost")
+            lost = ", ".join(map(str, self._lost()))
+            attempts.begin(f"executor {lost} was lost" if lost else "an executor was lost")
             self._results, self._errors, self._gone = {}, [], {}
         attempts.enter(message)
         return True

@@ -157,7 +157,7 @@ class GaugeSession:
         if frames.key not in self._datasets:
             cluster = self.cluster()
             self.progress.message("sparkgauge: reading a DataFrame")
-            folder = cluster.folder / "frames" / f"{len(self._frames)}"
+            folder = cluster.folder / "frames" / uuid.uuid4().hex[:12]
             self._datasets[frames.key] = materialise(frames, folder, shared=cluster.kind != "external")
             self._frames.append(frames)
         return self._datasets[frames.key]
