@@ -17,6 +17,7 @@ from sparkgauge.errors import ConfigurationError
 
 ValueKind = Literal[
     "count",
+    "retries",
     "seed",
     "seconds",
     "percent",
@@ -57,6 +58,8 @@ DEFAULT_MARGIN_PERCENT = 10.0
 DEFAULT_ACCURACY_MARGIN_POINTS = 1.0
 DEFAULT_CONFIDENCE = 0.95
 DEFAULT_SEED = 1
+RETRY_LIMIT = 100
+"""Nobody waits for so many; a mistyped number must not let a round fail for hours."""
 
 INJECTABLE_PHASES = ("feed", "compute")
 """The phases that a training step can be slowed down in."""
@@ -219,6 +222,14 @@ OPTIONS: tuple[Option, ...] = (
         default="global",
         choices=BATCH_RULES,
     ),
+    _twin(
+        "retries",
+        "retries",
+        "Times that a round may go on after an executor was lost, where the framework can; such a round is no timing "
+        "sample (default: 0).",
+        default=0,
+        metavar="N",
+    ),
     _line_only(
         "against",
         "text",
@@ -339,6 +350,8 @@ class GaugeConfig:
     """Price of an hour of the whole machine, by device (``cpu``, ``gpu``) or by a GPU's name."""
     chosen: frozenset[str] = frozenset()
     """Which of ``executors`` and ``cores`` somebody chose; the others follow from the machine."""
+    retries: int = 0
+    """Times that a round may go on after an executor was lost."""
 
     @property
     def embedded(self) -> bool:
@@ -416,7 +429,10 @@ def check(get_option: Callable[[str], Any], get_ini: Callable[[str], Any], envir
     _max_rounds(values, given)
 
 
-_COPIED = ("data", "profile", "rounds", "update", "require_baseline", "confidence", "inconclusive", "seed", "batch")
+_COPIED = (
+    *("data", "profile", "rounds", "update", "require_baseline", "confidence", "inconclusive"),
+    *("seed", "batch", "retries"),
+)
 
 
 def is_ci(environ: Mapping[str, str]) -> bool:
@@ -564,6 +580,11 @@ def count(value: Any, where: str) -> int:
     return _whole(value, where, 1, None, "a whole number of at least 1")
 
 
+def retries(value: Any, where: str) -> int:
+    """Return ``value`` as a number of retries, 0 to 100."""
+    return _whole(value, where, 0, RETRY_LIMIT + 1, f"a whole number from 0 to {RETRY_LIMIT}")
+
+
 def seed(value: Any, where: str) -> int:
     """Return ``value`` as a seed, 0 to 2**32 - 1."""
     return _whole(value, where, 0, _SEED_LIMIT, f"a whole number from 0 to {_SEED_LIMIT - 1}")
@@ -687,6 +708,7 @@ def _text(value: Any, where: str) -> str:
 
 _CONVERTERS: Mapping[str, Callable[[Any, str], Any]] = {
     "count": count,
+    "retries": retries,
     "seed": seed,
     "seconds": seconds,
     "percent": percent,

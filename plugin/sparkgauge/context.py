@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sparkgauge.checkpoints import Checkpoints
+
 PROGRESS_SECONDS = 0.5
 """Least time between two progress messages: a terminal shows no more, and the wire stays idle."""
 
@@ -60,7 +62,15 @@ class Context:
     :meth:`phase` marks other phases, :meth:`record_loss` and :meth:`record_test` fill the learning curve.
     """
 
-    def __init__(self, job: Job, rank: int, channel: ExecutorChannel, clock: PhaseClock, handle: Any = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        rank: int,
+        channel: ExecutorChannel,
+        clock: PhaseClock,
+        handle: Any = None,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
         """Made by the executor's runner, not by users."""
         self.rank = rank
         """This executor's index, 0 to ``executors`` - 1."""
@@ -86,7 +96,8 @@ class Context:
         self._channel, self._clock = channel, clock
         self._step_images = 0
         self._loss_sum, self._loss_images, self._last_loss = 0.0, 0, math.nan
-        self._step_number = 0
+        self._checkpoints = checkpoints
+        self._step_number = self._first_step = 0
         self._tested_step = -1
         self._next_progress = 0.0
 
@@ -97,16 +108,19 @@ class Context:
         return math.ceil((self.epochs or 1) * int(shard.sampler.steps_per_epoch))
 
     def steps(self, shard: Batches) -> Iterator[Step]:
-        """Yield every training step of the round, timing how long the batch and the body take."""
+        """Yield every training step of the round, timing how long the batch and the body take.
+
+        After :meth:`restore` has found a checkpoint the first one is the step that follows it.
+        """
         total = self.total_steps(shard)
-        for index in range(total):
+        for index in range(self._first_step, total):
             began, excluded = time.monotonic(), self._excluded_seconds()
             self._clock.switch("feed")
             images, labels = shard.batch(index)
             self._inject("feed", time.monotonic() - began)
             self._step_images = len(labels)
             self._step_number = index + 1
-            self._clock.switch("compute" if index else "warmup")
+            self._clock.switch("compute" if index > self._first_step else "warmup")
             body = time.monotonic()
             yield Step(index, images, labels, shard.sampler.global_batch_size(index))
             if index + 1 == total:
@@ -114,10 +128,38 @@ class Context:
             tested = self._excluded_seconds() - excluded
             self._inject("compute", time.monotonic() - body - tested)
             self.train_images += len(labels)
-            if index:
+            if index > self._first_step:
                 self.step_seconds.append(time.monotonic() - began - tested)
             self._after_step(index, total)
         self._clock.switch("collect")
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Return whether to call :meth:`checkpoint` after this step; the same on every executor."""
+        return self._checkpoints is not None and self._checkpoints.due(self._step_number)
+
+    def checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Keep ``state`` (arrays, tensors, plain values, and mappings and lists of them) as it is after this step.
+
+        Executor 0's state is kept, the others' are ignored: what they need must be in it. TypeError names a value that
+        cannot be kept. Nothing happens without ``checkpoint_every``.
+        """
+        if self._checkpoints is not None:
+            with self.phase("collect"):
+                self._checkpoints.write(self._step_number, state)
+
+    def restore(self) -> dict[str, Any] | None:
+        """Return the state to go on from, None in a round that starts from scratch; call it before :meth:`steps`.
+
+        That is executor 0's last :meth:`checkpoint` in an earlier attempt of this round. DataError where the file is
+        damaged or of another training.
+        """
+        found = self._checkpoints.read() if self._checkpoints is not None else None
+        if found is None:
+            return None
+        self._first_step, state = found
+        self._step_number = self._first_step
+        return state
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Return a context manager whose block is timed as phase ``name`` (see records.PHASES)."""

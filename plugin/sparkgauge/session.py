@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -16,9 +17,9 @@ from sparkgauge import baselines, environment, gpu, nvml
 from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
-from sparkgauge.errors import BaselineError, ConfigurationError, MachineError
+from sparkgauge.errors import BaselineError, ConfigurationError, DataError, MachineError
 from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
-from sparkgauge.job import Job
+from sparkgauge.job import Job, Recovery
 from sparkgauge.records import (
     Approval,
     Baseline,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from sparkgauge.against.server import Server
     from sparkgauge.cluster.spark import SparkCluster
     from sparkgauge.data.dataset import Dataset
+    from sparkgauge.data.frames import Frames
     from sparkgauge.lease import Lease
 
 
@@ -111,7 +113,9 @@ class GaugeSession:
         """Where this session takes rounds for another one, which asks and judges."""
         self.root = root
         self._cluster: SparkCluster | None = None
-        self._datasets: dict[str | None, Dataset] = {}
+        self._datasets: dict[Any, Dataset] = {}
+        self._frames: list[Frames] = []
+        """DataFrames that are data sets already: they must live as long as what is known of them."""
         self._told: set[str] = set()
         self._shipped: set[Path] = set()
         self._warm_executors: set[str] = set()
@@ -139,8 +143,10 @@ class GaugeSession:
         """Return the git commit of the tests' folder."""
         return environment.git_commit(self.root)
 
-    def dataset(self, source: str | None = None) -> Dataset:
+    def dataset(self, source: str | Frames | None = None) -> Dataset:
         """Return the data set of ``source`` (the session's own by default), prepared for executors."""
+        if source is not None and not isinstance(source, str):
+            return self._from_frames(source)
         import pooch
 
         from sparkgauge.data import resolve
@@ -166,6 +172,18 @@ class GaugeSession:
         dataset = lmdb_data.prepare(workload.plan.lmdb, Path(pooch.os_cache("sparkgauge")))
         check_mean(workload.plan, lmdb_data.image_shape(dataset))
         return dataset
+
+    def _from_frames(self, frames: Frames) -> Dataset:
+        """Return the data set of DataFrames, whose rows cross over at the first call."""
+        from sparkgauge.data.frames import materialise
+
+        if frames.key not in self._datasets:
+            cluster = self.cluster()
+            self.progress.message("sparkgauge: reading a DataFrame")
+            folder = cluster.folder / "frames" / uuid.uuid4().hex[:12]
+            self._datasets[frames.key] = materialise(frames, folder, shared=cluster.kind != "external")
+            self._frames.append(frames)
+        return self._datasets[frames.key]
 
     @property
     def resolved(self) -> list[Dataset]:
@@ -292,6 +310,7 @@ class GaugeSession:
             master=None if config.embedded else config.master,
             preimport=self._preimports(),
             gpus=self._gpu_shares(device) if self._wants_gpus else (),
+            retries=config.retries,
         )
         cluster = SparkCluster.start(spec, self.progress.message)
         try:
@@ -353,6 +372,7 @@ class GaugeSession:
 
     def _job(self, cluster: SparkCluster, workload: Workload, seed: int) -> Job:
         dataset = self.data_of(workload)
+        check_fits(workload, dataset)
         local = cluster.kind != "external"
         if not local:
             self._ship(cluster, dataset)
@@ -375,6 +395,7 @@ class GaugeSession:
             plan=workload.plan,
             save_to=workload.save_to,
             injections=self.config.injections,
+            recovery=_recovery(workload, cluster),
         )
 
     def _ship(self, cluster: SparkCluster, dataset: Dataset) -> None:
@@ -696,6 +717,46 @@ class TestGauge:
         if stored is None or self.session.config.update == "all":
             return baselines.Replacement(path, stored, superseding(stored, fresh))
         return baselines.Replacement(path, stored, with_missing(stored, fresh))
+
+
+def check_fits(workload: Workload, dataset: Dataset) -> None:
+    """Raise DataError where a built-in model cannot be trained on ``dataset``, or it went with its cluster."""
+    from sparkgauge.data.dataset import CLASS_COUNT, IMAGE_SHAPE
+
+    if workload.data is None or isinstance(workload.data, str):
+        return
+    if not dataset.folder.exists():
+        raise DataError(
+            "The rows of a DataFrame went with the cluster that held them",
+            expected="the Spark session that the DataFrame was made with",
+            actual="another one, started after a failure",
+            hint="Make the DataFrame anew from the fixture spark_session.",
+        )
+    if workload.fn is None and (workload.data.image_shape != IMAGE_SHAPE or dataset.class_count > CLASS_COUNT):
+        raise DataError(
+            f"Model {workload.model!r} does not fit the DataFrame",
+            expected=f"images of shape {IMAGE_SHAPE} and labels below {CLASS_COUNT}",
+            actual=f"shape {workload.data.image_shape} and labels up to {dataset.class_count - 1}",
+            hint="Train a function of your own with fn=.",
+        )
+
+
+def _recovery(workload: Workload, cluster: SparkCluster) -> Recovery | None:
+    """Return how a round outlives a lost executor; its checkpoints get a folder of their own."""
+    if not workload.retries and workload.checkpoint_every is None:
+        return None
+    if workload.checkpoint_every is None:
+        return Recovery(workload.retries, None, "")
+    if workload.checkpoint_folder is None and cluster.kind == "external":
+        raise ConfigurationError(
+            "Checkpoints of executors on other machines need a place",
+            expected="checkpoint_folder= with a folder that all machines share, or a URI such as hdfs://...",
+            actual="nothing",
+        )
+    parent = workload.checkpoint_folder or str(cluster.folder / "checkpoints")
+    if "://" not in parent:
+        parent = os.path.abspath(parent)
+    return Recovery(workload.retries, workload.checkpoint_every, f"{parent.rstrip('/')}/round-{uuid.uuid4().hex[:12]}")
 
 
 def _capture_there(index: int) -> Any:

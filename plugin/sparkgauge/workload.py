@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparkgauge import config as values
 from sparkgauge.config import GaugeConfig
+from sparkgauge.data.dataset import IMAGE_SHAPE
+from sparkgauge.data.frames import Frames, is_frame
 from sparkgauge.errors import ConfigurationError
 from sparkgauge.models.caffe import SOLVERS as CAFFE_SOLVERS
 from sparkgauge.models.caffe import path as caffe_solver
@@ -49,6 +51,10 @@ FRAMEWORKS: dict[str, FrameworkSpec] = {
         launchers=("barrier", "torchdistributor"),
     ),
 }
+
+
+RECOVERABLE = (("torch", "barrier"),)
+"""Framework and launcher whose stage Spark can run again, and whose trainings write checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,8 @@ class Workload:
     speedup_margin_fraction: float
     accuracy_margin_fraction: float
     timeout_seconds: float
-    data: str | None = None
-    """Overrides the session's data (same values as ``--gauge-data``)."""
+    data: str | Frames | None = None
+    """Overrides the session's data (same values as ``--gauge-data``), or DataFrames to train and test on."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the user's function as ``context.options``."""
     fn: Fit | None = None
@@ -113,6 +119,13 @@ class Workload:
     """With framework caffe: the solver, its nets and the engine."""
     save_to: str = ""
     """With framework caffe: what the names of the saved weights and states begin with; empty for none."""
+    retries: int = 0
+    """Times that a round may go on after an executor was lost; 0 where the framework's launcher cannot."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; None writes none."""
+    checkpoint_folder: str | None = None
+    """Where checkpoints go: a folder that all executors see, or a URI such as ``hdfs://...``; None for the cluster's
+    own folder."""
 
     @classmethod
     def from_keywords(
@@ -154,11 +167,12 @@ class Workload:
             speedup_margin_fraction=reader.setting("speedup_margin", values.percent, config.speedup_margin_fraction),
             accuracy_margin_fraction=reader.setting("accuracy_margin", values.points, config.accuracy_margin_fraction),
             timeout_seconds=reader.setting("timeout", values.seconds, config.timeout_seconds),
-            data=reader.value("data", _text, None),
+            data=reader.data(),
             options=reader.value("options", _options, {}),
             launcher=reader.launcher(framework),
             plan=plan,
             save_to=reader.save_to(folders),
+            **reader.recovery(framework),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,6 +188,8 @@ class Workload:
             "function": _function_name(self.fn),
             **({} if usual else {"launcher": self.launcher}),
             **({} if self.plan is None else {"engine": self.plan.engine, "solver": self.plan.digest}),
+            # writing them takes time; how often a lost executor is made up for does not
+            **({} if self.checkpoint_every is None else {"checkpoint_every": self.checkpoint_every}),
         }
 
 
@@ -204,9 +220,16 @@ KEYWORDS = (
     "accuracy_margin",
     "timeout",
     "data",
+    "test_data",
+    "test_fraction",
+    "image_column",
+    "label_column",
+    "image_shape",
     "options",
     "launcher",
     *CAFFE_KEYWORDS,
+    "checkpoint_every",
+    "checkpoint_folder",
 )
 """Every keyword of the ``gauge`` marker and of ``train(...)``."""
 
@@ -350,6 +373,35 @@ class _Reader:
             raise self._error(f"Framework {framework!r} has one launcher", expected, self._keywords["launcher"])
         return self.choice("launcher", launchers, launchers[0])
 
+    def data(self) -> str | Frames | None:
+        """Return the data's name, or the DataFrames with how they are to be read."""
+        frame = self._keywords.get("data")
+        if not is_frame(frame):
+            for name in ("test_data", "test_fraction", "image_column", "label_column", "image_shape"):
+                if name in self._keywords:
+                    expected = "data= with a DataFrame as well"
+                    raise self._error(f"{name}= belongs to a DataFrame", expected, self._keywords[name])
+            return self.value("data", _text, None)  # type: ignore[no-any-return]
+        test, fraction = self.value("test_data", _frame, None), self.value("test_fraction", _fraction, None)
+        if (test is None) == (fraction is None):
+            actual = "neither" if test is None else "both"
+            raise self._error("A DataFrame needs a test set", "test_data= with another, or test_fraction=", actual)
+        columns = (self.value("image_column", _text, "image"), self.value("label_column", _text, "label"))
+        return Frames(frame, test, fraction, *columns, self.value("image_shape", _shape, IMAGE_SHAPE))
+
+    def recovery(self, framework: str) -> dict[str, Any]:
+        """Return retries and checkpoints; only stages that Spark may run again have any."""
+        able = (framework, self.launcher(framework)) in RECOVERABLE
+        every = self.value("checkpoint_every", _count, None)
+        folder = self.value("checkpoint_folder", _text, None)
+        if (every is not None or folder is not None) and not able:
+            expected = " or ".join(f"framework {name!r} with launcher {launcher!r}" for name, launcher in RECOVERABLE)
+            raise self._error("Checkpoints are not written here", expected, f"framework {framework!r}")
+        if folder is not None and every is None:
+            raise self._error("A checkpoint folder without checkpoints", "checkpoint_every= as well", folder)
+        retries = self._config.retries if able else 0
+        return {"retries": retries, "checkpoint_every": every, "checkpoint_folder": folder}
+
     def executors(self) -> int:
         """Return the executors to train on, no more than the cluster has."""
         available = self._config.executors
@@ -452,6 +504,26 @@ def _text(value: Any, name: str) -> str:
 
 def _path(value: Any, name: str) -> str:
     return _text(str(value) if isinstance(value, Path) else value, name)
+
+
+def _frame(value: Any, name: str) -> Any:
+    if not is_frame(value):
+        raise ConfigurationError(f"Bad value for {name}", expected="a Spark DataFrame", actual=repr(value))
+    return value
+
+
+def _fraction(value: Any, name: str) -> float:
+    expected = "a share of the rows between 0 and 1, e.g. 0.2"
+    if isinstance(value, str) or not 0 < (result := values.number(value, name, expected)) < 1:
+        raise ConfigurationError(f"Bad value for {name}", expected=expected, actual=repr(value))
+    return result
+
+
+def _shape(value: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 3:
+        expected = "one to three whole numbers, e.g. (28, 28, 1)"
+        raise ConfigurationError(f"Bad value for {name}", expected=expected, actual=repr(value))
+    return tuple(_count(number, name) for number in value)
 
 
 def _options(value: Any, name: str) -> dict[str, Any]:

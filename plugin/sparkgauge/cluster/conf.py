@@ -32,6 +32,9 @@ QUICK_JVM = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")
 """JVM flags of processes that only coordinate: start-up in half the CPU time, no compiler threads during rounds, no
 file in /tmp/hsperfdata. Master: 3.0 -> 1.6 CPU seconds, 1.9 -> 1.4 s (2-core AMD EPYC, Java 17, Spark 4.3, n = 2)."""
 
+SPARKS_STAGE_ATTEMPTS = 4
+"""Spark's own default of spark.stage.maxConsecutiveAttempts."""
+
 WORKER_OVERHEAD_MEBIBYTES = 64
 MASTER_FORMS = "spark://HOST:PORT, yarn, k8s://URL or local-cluster[N,CORES,MEBIBYTES]"
 
@@ -64,6 +67,8 @@ class ClusterSpec:
     gpus: tuple[tuple[str, ...], ...] = ()
     """Addresses of each executor's GPUs on this host, or, with an external master, as many empty names: only their
     number counts there. Empty without GPUs."""
+    retries: int = 0
+    """Times that a barrier stage may be run again after it lost a task."""
 
     def __post_init__(self) -> None:
         for name in ("executors", "cores_per_executor", "executor_memory_mebibytes"):
@@ -215,6 +220,8 @@ def _training(spec: ClusterSpec, cores: int) -> dict[str, str]:
         "spark.ui.showConsoleProgress": "false",
         "spark.eventLog.enabled": "false",
         "spark.speculation": "false",
+        # A failed barrier task fails its stage's attempt, whatever spark.task.maxFailures says; this counts attempts.
+        "spark.stage.maxConsecutiveAttempts": str(max(SPARKS_STAGE_ATTEMPTS, spec.retries + 1)),
         # One task fills an executor, so that a job of N tasks lands on N executors.
         "spark.task.cpus": str(cores),
         "spark.locality.wait": "0",

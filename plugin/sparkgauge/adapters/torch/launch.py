@@ -42,7 +42,8 @@ def launch(
     """
     store, meeting = _open(job)
     entry = functools.partial(worker.main, meeting, train=train, open_shard=open_shard)
-    settings: dict[str, Any] = {"job_group": job_group, "check": check, "entry": entry}
+    retryable = job.recovery is not None and job.recovery.retries > 0
+    settings: dict[str, Any] = {"job_group": job_group, "check": check, "entry": entry, "retryable": retryable}
     try:
         return barrier.launch(spark_context, job, close=_closing(store), **settings)
     except BaseException:

@@ -12,6 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 from sparkgauge.adapters.collective import Exchange, FlatGradients
+from sparkgauge.adapters.torch.checkpoint import (
+    module_state,
+    random_states,
+    restore_module,
+    restore_random_state,
+    restore_tensors,
+)
 from sparkgauge.adapters.torch.networks import WHITENING_IMAGES, Speedrun, build
 from sparkgauge.context import Context, Step
 from sparkgauge.data.augment import augmentation_parameters, crop_flip, padded, shift_flip_parameters
@@ -37,8 +44,12 @@ def train(model: str, context: Context, shard: Shard) -> dict[str, float]:
     recipe = RECIPES[model]
     trainer = Trainer(recipe, context, shard)
     total = context.total_steps(shard)
+    if (state := context.restore()) is not None:
+        trainer.restore(state)
     for step in context.steps(shard):
         trainer.step(step, recipe.learning_rate(step.index, total))
+        if context.checkpoint_due:
+            context.checkpoint(trainer.state())
         if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
             trainer.test()
     trainer.test()
@@ -105,6 +116,20 @@ class Trainer:
             if self._averages is not None:
                 self._averages.swap()
             self._context.record_test(correct, tested)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next steps depend on; every executor must call it."""
+        return {"tensors": self._tensors(), "random": random_states(self._context.handle)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; DataError where it is of another model."""
+        restore_tensors(self._tensors(), state["tensors"])
+        restore_random_state(self._context, state["random"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        averages = {} if self._averages is None else {"averages": self._averages.shadows}
+        buffers = {f"buffer {name}": buffer for name, buffer in self._network.named_buffers()}
+        return {"values": self._optimiser.values, "history": self._optimiser.history, **averages, **buffers}
 
     def _logits(self, inputs: Tensor) -> Tensor:
         logits = self._network(inputs)
@@ -174,7 +199,7 @@ class Momentum:
         self._momentum, self._nesterov = recipe.momentum, recipe.nesterov
         self._rates = _spread(parameters, "rate_factor")
         self._decays = recipe.weight_decay * _spread(parameters, "decay_factor")
-        self._history = torch.zeros_like(self.values)
+        self.history = torch.zeros_like(self.values)
 
     @torch.no_grad()
     def step(self, rate: float, global_batch: int) -> None:
@@ -182,29 +207,29 @@ class Momentum:
         self.gradients.reduce()
         change = torch.addcmul(self.gradients.flat / global_batch, self._decays, self.values)
         change.mul_(self._rates).mul_(rate)
-        self._history.mul_(self._momentum).add_(change)
+        self.history.mul_(self._momentum).add_(change)
         if self._nesterov:
-            self.values.sub_(change).sub_(self._history, alpha=self._momentum)
+            self.values.sub_(change).sub_(self.history, alpha=self._momentum)
         else:
-            self.values.sub_(self._history)
+            self.values.sub_(self.history)
 
 
 class _Averages:
     """Exponential moving averages of the weights, as tf.train.ExponentialMovingAverage with num_updates."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values, self._shadows = values, values.clone()
+        self._values, self.shadows = values, values.clone()
 
     def update(self, index: int) -> None:
         """Move every average towards its weight after step ``index`` (0-based)."""
         updates = index + 1.0
-        self._shadows.lerp_(self._values, 1 - min(AVERAGE_DECAY, (1 + updates) / (10 + updates)))
+        self.shadows.lerp_(self._values, 1 - min(AVERAGE_DECAY, (1 + updates) / (10 + updates)))
 
     def swap(self) -> None:
         """Exchange weights and averages, in place: before a test, and again after it."""
         weights = self._values.clone()
-        self._values.copy_(self._shadows)
-        self._shadows.copy_(weights)
+        self._values.copy_(self.shadows)
+        self.shadows.copy_(weights)
 
 
 def device_of(context: Context) -> Any:
@@ -253,6 +278,7 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
     trainable = [p for p in network.parameters() if p.requires_grad]
     gradients = FlatGradients(trainable, context.handle.group)
     sgd = torch.optim.SGD(trainable, lr=options["learning_rate"], momentum=options["momentum"])
+    restore_module(context, network, sgd)
     for step in context.steps(shard):
         before = gradients.exposed_seconds
         gradients.clear()
@@ -266,6 +292,8 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
         context.record_loss(float(loss_sum.detach()))
         if step.index:
             context.move("compute", "sync", gradients.exposed_seconds - before)
+        if context.checkpoint_due:
+            context.checkpoint(module_state(context, network, sgd))
     with context.phase("evaluate"), torch.no_grad():
         network.eval()
         for images, truth in shard.test_batches(TEST_BATCH):

@@ -49,7 +49,11 @@ def main(
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(peers.gpus)
     with contextlib.ExitStack() as stack:
         guarded = _guarded(train or _training_function(job))
-        executor.run(job, rank, guarded, prepare=lambda: _handle(meeting, job, rank, stack), open_shard=open_shard)
+
+        def prepare(attempt: int) -> Handle:
+            return _handle(meeting, job, rank, stack, attempt)
+
+        executor.run(job, rank, guarded, prepare_attempt=prepare, open_shard=open_shard)
 
 
 def _training_function(job: Job) -> executor.Train:
@@ -70,10 +74,10 @@ def _guarded(train: Callable[[Any, Any], Any]) -> executor.Train:
     return guarded
 
 
-def _handle(meeting: Meeting, job: Job, rank: int, stack: contextlib.ExitStack) -> Handle:
+def _handle(meeting: Meeting, job: Job, rank: int, stack: contextlib.ExitStack, attempt: int) -> Handle:
     torch = _torch(meeting)
     device = _device(torch, job)
-    group = stack.enter_context(collective.open_group(job, rank, meeting.store, job.device))
+    group = stack.enter_context(collective.open_group(job, rank, meeting.store, job.device, attempt))
     return Handle(group, device)
 
 
