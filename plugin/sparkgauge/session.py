@@ -22,6 +22,7 @@ from sparkgauge.job import Job
 from sparkgauge.records import (
     Approval,
     Baseline,
+    Ceiling,
     Environment,
     Round,
     RunRecord,
@@ -111,6 +112,7 @@ class GaugeSession:
         self._datasets: dict[str | None, Dataset] = {}
         self._shipped: set[Path] = set()
         self._warm_executors: set[str] = set()
+        self._ceilings: dict[tuple[int, str], Ceiling] = {}
 
     @cached_property
     def environment(self) -> Environment:
@@ -201,6 +203,22 @@ class GaugeSession:
         cluster = self.cluster()
         cluster.wait_for_executors(workload.executors)
         return time_reference(cluster.spark.sparkContext, workload.executors)
+
+    def measure_ceiling(self, workload: Workload) -> None:
+        """Measure what the executors can do at most, once a session for each number and device of executors."""
+        from sparkgauge import ceiling
+
+        key = workload.executors, workload.device
+        if key in self._ceilings or self.opponent is not None or self.server is not None:
+            return
+        cluster = self.cluster()
+        cluster.wait_for_executors(workload.executors)
+        context, threads = cluster.spark.sparkContext, workload.cores_per_executor
+        self._ceilings[key] = ceiling.of_executors(context, workload.executors, threads, workload.device)
+
+    def ceiling(self, workload: Workload) -> Ceiling | None:
+        """Return what was measured; None where it was not."""
+        return self._ceilings.get((workload.executors, workload.device))
 
     def test(self, test_id: str, timer: Timer) -> TestGauge:
         """Return what one test measures with."""
@@ -422,6 +440,8 @@ class TestGauge:
         remaining = warmups
         reference: tuple[float, ...] = ()
 
+        self.session.measure_ceiling(training.workload)
+
         def before() -> None:
             nonlocal reference
             reference = self.session.time_reference(training.workload)
@@ -480,6 +500,7 @@ class TestGauge:
             commit=session.commit,
             rounds=tuple(training.rounds),
             injections=dict(session.config.injections),
+            ceiling=session.ceiling(workload),
         )
 
     def _quantity(self, metric: str, label: str) -> BaselineQuantity:

@@ -8,6 +8,7 @@ from typing import Any
 from sparkgauge import selfcheck
 from sparkgauge.records import RunRecord
 from sparkgauge.report.baseline_notes import Collected, session_notes
+from sparkgauge.report.limit_lines import limit_lines, rank_lines
 from sparkgauge.report.session_notes import family_lines, family_of, round_lines
 from sparkgauge.report.table import Row, phase_lines, render_table, row_from
 from sparkgauge.session import GaugeSession
@@ -30,8 +31,13 @@ def write_summary(reporter: Any, session: GaugeSession, *, verbose: bool, collec
         reporter.write_line("")
         reporter.write_line("where the time went (mean of rounds and executors):")
     for run in explained:
-        for line in [*phase_lines(run), *_other_side(session, run), *_where(session, run)]:
+        ranks = [f"  {line}" for line in rank_lines(run)]
+        for line in [*phase_lines(run), *ranks, *_other_side(session, run), *_where(session, run)]:
             reporter.write_line(f"  {line}")
+    if limits := [line for run in session.runs for line in limit_lines(run)]:
+        reporter.write_line("against the machine's ceilings:")
+    for line in limits:
+        reporter.write_line(f"  {line}")
     for line in [*family_lines(family_of(session.verdicts)), *round_lines(session.runs)]:
         reporter.write_line(line)
     for line in session.opponent.notes() if session.opponent is not None else ():

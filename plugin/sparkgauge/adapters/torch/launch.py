@@ -43,7 +43,7 @@ def launch_torchdistributor(spark_context: Any, job: Job, *, job_group: str, che
     why = "launcher='torchdistributor' needs packages that are not installed"
     _require(("pandas", "pyarrow"), why, "pip install pandas pyarrow")
     barrier.refuse_dynamic_allocation(spark_context)
-    check()
+    barrier.await_slots(spark_context, job.executors, check)
     store, meeting = _open(job)
 
     def submit() -> None:
