@@ -65,6 +65,12 @@ def test_norm_over_channels_is_tensorflows() -> None:
     np.testing.assert_allclose(networks.norm_over_channels(torch.from_numpy(x)).numpy(), expected, rtol=1e-5)
 
 
+def test_the_gradient_of_the_norm_over_channels_is_that_of_its_formula() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, 16, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: networks.norm_over_channels(x, radius=2, bias=1.5, alpha=0.3), (x,))
+
+
 class _TwoHalves:
     """An exchange between two halves of a batch, worked on in turn: gives the sums that were worked out before."""
 
