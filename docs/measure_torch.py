@@ -30,10 +30,8 @@ from typing import Any
 import pooch
 
 from sparkgauge import ceiling, environment, ranks, stats, store
-from sparkgauge.adapters import collective
-from sparkgauge.adapters.barrier import Peers
 from sparkgauge.adapters.torch import launch as torch_launch
-from sparkgauge.adapters.torch import worker
+from sparkgauge.adapters.torch.by_hand import run_by_hand, thread_limits
 from sparkgauge.channel import Address
 from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.java import find_java
@@ -42,7 +40,7 @@ from sparkgauge.data import resolve
 from sparkgauge.data.cache import write_prepared
 from sparkgauge.data.dataset import Dataset
 from sparkgauge.data.layouts import Content
-from sparkgauge.job import Job, Launched
+from sparkgauge.job import Job
 from sparkgauge.models.cifar10 import RECIPES
 from sparkgauge.models.flops import achieved_gflops
 from sparkgauge.records import Round
@@ -52,13 +50,12 @@ from sparkgauge.session import PREIMPORTS
 EXECUTORS = 2
 SHORT_TEST = 200
 """Test images where only training is measured."""
-SCALING_PAIRS = 6
-SCALING_STEPS = {"cifar10_quick": 60, "resnet20": 12, "cifar10_tutorial": 24}
-"""Rounds of 5 to 8 s on one core."""
-OVERHEAD_PAIRS, OVERHEAD_STEPS = 8, 150
-BARE_PAIRS = 6
+PAIRS = {"scaling": 8, "overhead": 8, "bare": 6, "launch": 6}
+"""Interleaved pairs of rounds by section; ``--pairs`` sets them all."""
+SCALING_STEPS = {"cifar10_quick": 40, "resnet20": 10, "cifar10_tutorial": 20}
+"""Rounds of 4 to 7 s on one core."""
+OVERHEAD_STEPS = 80
 BARE_STEPS = {"resnet20": 10, "cifar10_tutorial": 24}
-LAUNCH_PAIRS = 6
 AGREEMENT_STEPS = 50
 SPEEDRUN_STEPS = (50, 100, 150)
 """One, two and three epochs of 50 steps."""
@@ -80,7 +77,14 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", choices=[*sections, []], help="default: all but gpu")
-    wanted = parser.parse_args().sections or [name for name in sections if name != "gpu"]
+    parser.add_argument("--pairs", type=int, help="interleaved pairs of rounds of every ratio")
+    parser.add_argument("--models", nargs="*", default=list(SCALING_STEPS), help="of section scaling")
+    arguments = parser.parse_args()
+    if arguments.pairs:
+        PAIRS.update(dict.fromkeys(PAIRS, arguments.pairs))
+    for model in SCALING_STEPS.keys() - set(arguments.models):
+        del SCALING_STEPS[model]
+    wanted = arguments.sections or [name for name in sections if name != "gpu"]
     java = "" if wanted == ["gpu"] else str(find_java(os.environ).version)
     machine = environment.capture(os.environ, java_version=java)
     print(f"{environment.describe(machine)}; load {environment.load_average():.2f} at the start\n", flush=True)
@@ -99,12 +103,12 @@ def scaling() -> None:
                 functools.partial(_on_spark, cluster, _job(dataset, model, steps, executors=n)) for n in (1, EXECUTORS)
             )
             two()
-            pairs = _interleave(one, two, SCALING_PAIRS)
+            pairs = _interleave(one, two, PAIRS["scaling"])
             rates = [[round_.images_per_second for round_ in side] for side in pairs]
             exposed = statistics.median(ranks.exposed(round_) for round_ in pairs[1])
             what = f"{model}, batch {RECIPES[model].global_batch}"
             medians = " | ".join(f"{statistics.median(side):,.0f}" for side in rates)
-            count = f"{SCALING_PAIRS} pairs"
+            count = f"{len(rates[0])} pairs"
             print(f"| {what} | {medians} | {_ratio(rates[0], rates[1])} | {exposed:.1%} | {count} |", flush=True)
         limit = ceiling.of_executors(cluster.spark.sparkContext, EXECUTORS, 1, "cpu")
     print(f"\nCeilings of both cores: {limit.gemm_gflops:.0f} GFLOP/s, {limit.memory_gigabytes_per_second:.1f} GB/s")
@@ -120,7 +124,7 @@ def overhead() -> None:
     with _cluster() as cluster:
         inside, by_hand = functools.partial(_on_spark, cluster, job), functools.partial(_by_hand, job)
         inside()
-        pairs = _interleave(inside, by_hand, OVERHEAD_PAIRS)
+        pairs = _interleave(inside, by_hand, PAIRS["overhead"])
     spark, bare = ([one.images_per_second for one in side] for side in pairs)
     print("| training throughput, cifar10_quick, 2 x 1 core | images/s (median) | n |\n| --- | --- | --- |")
     print(f"| executors of Spark | {statistics.median(spark):,.0f} | {len(spark)} |")
@@ -146,10 +150,10 @@ def bare() -> None:
             ours = lambda job=job: _by_hand(job).images_per_second  # noqa: E731
             plain = lambda job=job: _in_a_process(_bare_loop, job)  # noqa: E731
             plain()
-            pairs = _interleave(ours, plain, BARE_PAIRS)
+            pairs = _interleave(ours, plain, PAIRS["bare"])
             what = f"{model}, {threads} thread{'s' if threads > 1 else ''}"
             medians = " | ".join(f"{statistics.median(side):,.0f}" for side in pairs)
-            print(f"| {what} | {medians} | {_ratio(pairs[1], pairs[0])} | {BARE_PAIRS} pairs |", flush=True)
+            print(f"| {what} | {medians} | {_ratio(pairs[1], pairs[0])} | {len(pairs[0])} pairs |", flush=True)
     print(flush=True)
 
 
@@ -161,7 +165,7 @@ def launch() -> None:
         ours = functools.partial(_on_spark, cluster, job)
         theirs = functools.partial(_on_spark, cluster, job, torch_launch.launch_torchdistributor)
         ours(), theirs()
-        pairs = _interleave(ours, theirs, LAUNCH_PAIRS)
+        pairs = _interleave(ours, theirs, PAIRS["launch"])
     print("| launch on a warm session, 2 executors | seconds (median) | min - max | n |\n| --- | --- | --- | --- |")
     phases = [[max(executor.phases.launch for executor in one.executors) for one in side] for side in pairs]
     whole = [[one.runtime_seconds for one in side] for side in pairs]
@@ -173,7 +177,7 @@ def launch() -> None:
     ):
         print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} - {max(values):.2f} | {len(values)} |")
     print(
-        f"| TorchDistributor's launch / ours | {_ratio(phases[0], phases[1])} | | {LAUNCH_PAIRS} pairs |\n", flush=True
+        f"| TorchDistributor's launch / ours | {_ratio(phases[0], phases[1])} | | {len(whole[0])} pairs |\n", flush=True
     )
 
 
@@ -314,68 +318,12 @@ def _on_spark(cluster: SparkCluster, job: Job, start: Any = torch_launch.launch)
 
 
 def _by_hand(job: Job) -> Round:
-    """Run the round's training processes as plain children of this one, on the same channel and code."""
-    processes: list[Any] = []
-
-    def start(spark_context: Any, job: Job, *, job_group: str, check: Callable[[], None]) -> Launched:
-        import torch
-
-        meeting_store = collective.open_store(job)
-        meeting = worker.Meeting(meeting_store.address if meeting_store else None, str(torch.__version__))
-        context = multiprocessing.get_context("spawn")
-        for rank in range(job.executors):
-            processes.append(context.Process(target=_train_by_hand, args=(meeting, job, rank)))
-            processes[-1].start()
-
-        def close() -> None:
-            for one in processes:
-                one.join()
-            if meeting_store is not None:
-                meeting_store.close()
-
-        return Launched(failure=lambda: None, close=close)
-
-    with _thread_limits(job.threads):
-        return run_round(_NoSpark(), job, start, timeout_seconds=TIMEOUT_SECONDS)
-
-
-def _train_by_hand(meeting: worker.Meeting, job: Job, rank: int) -> None:
-    peers = Peers(hosts=("127.0.0.1",) * job.executors, rank=rank)
-    worker.main(meeting, job, rank, peers)
-
-
-@contextlib.contextmanager
-def _thread_limits(threads: int) -> Iterator[None]:
-    """Give children the limits that the executors' environment has."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, str(threads)))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-class _NoSpark:
-    """Stands where a round expects a SparkContext: there is no job to watch or to cancel."""
-
-    def statusTracker(self) -> _NoSpark:
-        return self
-
-    def getJobIdsForGroup(self, group: str) -> list[int]:
-        return []
-
-    def cancelJobGroup(self, group: str) -> None:
-        """Do nothing."""
+    return run_by_hand(job, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def _in_a_process(function: Callable[[Job], float], job: Job) -> float:
     """Return what ``function`` returns in a fresh process with the job's number of threads."""
-    with _thread_limits(job.threads), multiprocessing.get_context("spawn").Pool(1) as pool:
+    with thread_limits(job.threads), multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, (job,))
 
 

@@ -17,7 +17,7 @@ from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
 from sparkgauge.errors import BaselineError, ConfigurationError
-from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
+from sparkgauge.gate import QUOTIENTS, BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
 from sparkgauge.job import Job
 from sparkgauge.records import (
     Approval,
@@ -202,22 +202,19 @@ class GaugeSession:
             return ()
         cluster = self.cluster()
         cluster.wait_for_executors(workload.executors)
+        self._measure_ceiling(cluster.spark.sparkContext, workload)
         return time_reference(cluster.spark.sparkContext, workload.executors)
 
-    def measure_ceiling(self, workload: Workload) -> None:
+    def _measure_ceiling(self, spark_context: Any, workload: Workload) -> None:
         """Measure what the executors can do at most, once a session for each number and device of executors."""
         from sparkgauge import ceiling
 
-        key = workload.executors, workload.device
-        if key in self._ceilings or self.opponent is not None or self.server is not None:
-            return
-        cluster = self.cluster()
-        cluster.wait_for_executors(workload.executors)
-        context, threads = cluster.spark.sparkContext, workload.cores_per_executor
-        self._ceilings[key] = ceiling.of_executors(context, workload.executors, threads, workload.device)
+        key, threads = (workload.executors, workload.device), workload.cores_per_executor
+        if key not in self._ceilings:
+            self._ceilings[key] = ceiling.of_executors(spark_context, workload.executors, threads, workload.device)
 
     def ceiling(self, workload: Workload) -> Ceiling | None:
-        """Return what was measured; None where it was not."""
+        """Return what the executors can do at most; None where it was not measured."""
         return self._ceilings.get((workload.executors, workload.device))
 
     def test(self, test_id: str, timer: Timer) -> TestGauge:
@@ -440,8 +437,6 @@ class TestGauge:
         remaining = warmups
         reference: tuple[float, ...] = ()
 
-        self.session.measure_ceiling(training.workload)
-
         def before() -> None:
             nonlocal reference
             reference = self.session.time_reference(training.workload)
@@ -506,7 +501,7 @@ class TestGauge:
     def _quantity(self, metric: str, label: str) -> BaselineQuantity:
         __tracebackhide__ = True
         training = self.training(label)
-        if training is None and metric != "speedup_ratio":
+        if training is None and metric not in QUOTIENTS:
             labels = ", ".join(repr(one.label) for one in self.trainings) or "none"
             raise ConfigurationError("No training with this label", expected=f"one of {labels}", actual=repr(label))
         if self.duel is not None:
@@ -522,7 +517,7 @@ class TestGauge:
         return baseline_quantity(
             stored,
             metric,
-            label=DEFAULT_LABEL if metric == "speedup_ratio" else label,
+            label=DEFAULT_LABEL if metric in QUOTIENTS else label,
             file=_shown(path),
             policy=(training or self.trainings[0]).policy if self.trainings else Policy(),
             why_not=why_not,
@@ -566,16 +561,16 @@ class TestGauge:
     def _observe(self, label: str, verdict: Verdict, samples: Samples) -> None:
         self.verdicts.append(verdict)
         # a speed-up belongs to the whole test: it is shown with the training that was asked for last
-        owner = self.trainings[-1].label if verdict.metric == "speedup_ratio" and self.trainings else label
+        owner = self.trainings[-1].label if verdict.metric in QUOTIENTS and self.trainings else label
         self.session.verdicts.append((self.test_id, owner, verdict))
-        if verdict.metric == "speedup_ratio":
+        if verdict.metric in QUOTIENTS:
             self._keep_speedup(samples)
 
     def _keep_speedup(self, samples: Samples) -> None:
         if self._speedups.setdefault(samples.metric, samples.values)[0] != samples.values[0]:
             raise ConfigurationError(
-                "Two different speed-ups are gated in one test",
-                expected="one, since a test has one baseline.speedup",
+                "Two different speed-ups or efficiencies are gated in one test",
+                expected="one, since a test has one baseline.speedup and one baseline.efficiency",
                 where=self.test_id,
             )
         self._speedups[samples.metric] = samples.values  # more rounds of the same

@@ -54,7 +54,7 @@ DEFAULT_LABEL = "trained"
 LABELS_FIELD = "labels"
 """Field of a baseline's workload under which the workloads of other labels than ``trained`` are kept."""
 
-POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio", "reference_seconds")
+POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio", "efficiency_ratio", "reference_seconds")
 """Metrics of which a sample at or below zero was never measured."""
 
 COMPANIONS = ("reference_seconds", "cpu_seconds", "jvm_cpu_seconds", "driver_cpu_seconds")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import pytest
 
 from sparkgauge import executor
-from sparkgauge.adapters import barrier
-from sparkgauge.errors import ClusterError, TrainingError
+from sparkgauge.adapters import barrier, collective
+from sparkgauge.errors import ClusterError, MachineError, TrainingError
 from sparkgauge.job import Job
 from sparkgauge.rounds import run_round
 
@@ -99,3 +100,10 @@ def test_fixed_executors_are_accepted(value: str | None) -> None:
 def test_dynamic_allocation_is_refused(value: str) -> None:
     with pytest.raises(ClusterError, match=r"spark\.dynamicAllocation\.enabled=false"):
         barrier.refuse_dynamic_allocation(_Settings(value))
+
+
+def test_a_port_that_is_taken_is_named_with_who_wanted_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MachineError, match=rf"expected port {port} to be free.*on the driver"):
+            collective._listener("127.0.0.1", port)
