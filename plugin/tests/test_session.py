@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -305,11 +305,17 @@ class Cluster:
     def __init__(self) -> None:
         self.executors = [Executor("0"), Executor("1")]
         self.warmed: list[int] = []
+        self.imported: set[str] = set()
         self.stopped = False
         self.broken = False
 
     def ensure_alive(self) -> None:
         pass
+
+    def preimport(self, modules: Iterable[str]) -> bool:
+        new = set(modules) - self.imported
+        self.imported |= new
+        return bool(new)
 
     def warm(self, count: int) -> float:
         self.warmed.append(count)
