@@ -30,14 +30,6 @@ def test_gpu_pays_off(train, baseline, framework, model):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("model", "epochs"), [("resnet20", EPOCHS), ("speedrun", None)], ids=["resnet20", "speedrun"])
-def test_torch_on_a_gpu(train, baseline, model, epochs):
-    trained = train("torch", model, executors=1, device="gpu", epochs=epochs)
-    assert trained.runtime <= baseline.runtime
-    assert trained.accuracy >= baseline.accuracy
-
-
-@pytest.mark.gpu
 def test_two_gpus_share_the_work(train, baseline, gpus, several_executors):
     if len(gpus) < 2:
         pytest.skip(f"needs 2 GPUs, and there {'is' if len(gpus) == 1 else 'are'} {len(gpus)}")
