@@ -30,7 +30,9 @@ from sparkgauge.caffe.weights import read_weights
 from sparkgauge.channel import Address
 from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.spark import SparkCluster
-from sparkgauge.data import resolve
+from sparkgauge.data import Dataset, resolve
+from sparkgauge.data.cache import write_prepared
+from sparkgauge.data.layouts import Content
 from sparkgauge.job import Job
 from sparkgauge.models.caffe import path as shipped
 from sparkgauge.records import Round
@@ -50,13 +52,13 @@ def main() -> None:
     parser.add_argument("sections", nargs="+", choices=sections)
     parser.add_argument("--engine", choices=("torch", "caffe"), help="default: both, where Caffe is installed")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--iterations", type=int, default=5000, help="of full; the rest can follow from --snapshot")
     parser.add_argument("--snapshot", type=Path, help="a .solverstate that --save-to of an earlier part wrote")
     parser.add_argument("--save-to", default="", help="what the names of weights and state after full begin with")
     options = parser.parse_args()
     both = ["torch", "caffe"] if importlib.util.find_spec("caffe") else ["torch"]
-    with cluster() as run:
+    with cluster(whole="full" in options.sections) as run:
         for name in options.sections:
             for engine in [options.engine] if options.engine else both:
                 sections[name](run, engine, options)
@@ -65,18 +67,21 @@ def main() -> None:
 def executors(run: Run, engine: str, options: argparse.Namespace) -> None:
     """Print the throughput of two executors over that of one, at the same global batch."""
     found: dict[int, list[float]] = {1: [], 2: []}
+    waited: list[float] = []
     run(engine, executors=EXECUTORS, iterations=10)
     for turn in range(options.pairs):
         for count in (1, 2) if turn % 2 == 0 else (2, 1):
             done = run(engine, executors=count, iterations=options.steps)
             found[count].append(done.images_per_second)
+            if count == EXECUTORS:
+                waited += [one.phases.sync / (one.phases.compute + one.phases.sync) for one in done.executors]
     ratio = stats.ratio_interval(found[1], found[2], confidence=0.95, paired=True)
     for count, rates in found.items():
         low, high = min(rates), max(rates)
         print(f"engine {engine}, {count} x 1 core: {np.median(rates):,.0f} images/s ({low:,.0f} to {high:,.0f})")
     print(
         f"engine {engine}, two executors / one: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], "
-        f"{options.pairs} pairs of {options.steps} steps\n",
+        f"{options.pairs} pairs of {options.steps} steps; waiting for the all-reduce: {np.mean(waited):.1%} of a step\n",
         flush=True,
     )
 
@@ -103,11 +108,28 @@ def full(run: Run, engine: str, options: argparse.Namespace) -> None:
     print(f"every 500 iterations: {tests} %\n", flush=True)
 
 
+def part_of(dataset: Dataset, folder: Path) -> Dataset:
+    """Return the first 5,000 training and 500 test images as a data set: no figure here needs more but that of full."""
+    arrays = dataset.open()
+    train, test = slice(0, 5000), slice(0, 500)
+    content = Content(
+        np.ascontiguousarray(arrays.train_images[train]),
+        np.ascontiguousarray(arrays.train_labels[train]),
+        np.ascontiguousarray(arrays.test_images[test]),
+        np.ascontiguousarray(arrays.test_labels[test]),
+    )
+    write_prepared(content, folder, kind=dataset.identity.kind, source="docs/measure_caffe_spark.py")
+    return Dataset.load(folder)
+
+
 @contextmanager
-def cluster() -> Iterator[Run]:
+def cluster(*, whole: bool) -> Iterator[Run]:
     """Give a function that runs one round on a cluster of two executors of one core."""
     dataset = resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge")))
     print(f"data: {dataset.identity.name} ({dataset.identity.kind})", file=sys.stderr)
+    scratch = tempfile.TemporaryDirectory()
+    if not whole:
+        dataset = part_of(dataset, Path(scratch.name) / "part")
     launch.prepare()
     spark = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS))
 
@@ -136,6 +158,7 @@ def cluster() -> Iterator[Run]:
         yield run
     finally:
         spark.stop()
+        scratch.cleanup()
 
 
 if __name__ == "__main__":
