@@ -81,7 +81,7 @@ def executors(run: Run, engine: str, options: argparse.Namespace) -> None:
         print(f"engine {engine}, {count} x 1 core: {np.median(rates):,.0f} images/s ({low:,.0f} to {high:,.0f})")
     print(
         f"engine {engine}, two executors / one: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], "
-        f"{options.pairs} pairs of {options.steps} steps; waiting for the all-reduce: {np.mean(waited):.1%} of a step\n",
+        f"{options.pairs} pairs of {options.steps} steps; the all-reduce is {np.mean(waited):.1%} of a step\n",
         flush=True,
     )
 
