@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -24,7 +25,8 @@ import numpy as np
 import pooch
 
 from sparkgauge import stats
-from sparkgauge.adapters.caffe import launch
+from sparkgauge.adapters.caffe import entry, launch
+from sparkgauge.adapters.torch import launch as torch_launch
 from sparkgauge.caffe.plan import read_plan
 from sparkgauge.caffe.weights import read_weights
 from sparkgauge.channel import Address
@@ -65,25 +67,48 @@ def main() -> None:
 
 
 def executors(run: Run, engine: str, options: argparse.Namespace) -> None:
-    """Print the throughput of two executors over that of one, at the same global batch."""
-    found: dict[int, list[float]] = {1: [], 2: []}
+    """Print the throughput of two executors over that of one, at the same global batch, and what limits it.
+
+    Two executors that exchange nothing show what the machine's two cores give at most.
+    """
+    arms: dict[str, dict[str, Any]] = {
+        "one": {"executors": 1},
+        "two": {"executors": EXECUTORS},
+        "apart": {"executors": EXECUTORS, "train": train_apart},
+    }
+    found: dict[str, list[float]] = {name: [] for name in arms}
     waited: list[float] = []
     run(engine, executors=EXECUTORS, iterations=10)
     for turn in range(options.pairs):
-        for count in (1, 2) if turn % 2 == 0 else (2, 1):
-            done = run(engine, executors=count, iterations=options.steps)
-            found[count].append(done.images_per_second)
-            if count == EXECUTORS:
+        for name in arms if turn % 2 == 0 else reversed(arms):
+            done = run(engine, iterations=options.steps, **arms[name])
+            found[name].append(done.images_per_second)
+            if name == "two":
                 waited += [one.phases.sync / (one.phases.compute + one.phases.sync) for one in done.executors]
-    ratio = stats.ratio_interval(found[1], found[2], confidence=0.95, paired=True)
-    for count, rates in found.items():
-        low, high = min(rates), max(rates)
-        print(f"engine {engine}, {count} x 1 core: {np.median(rates):,.0f} images/s ({low:,.0f} to {high:,.0f})")
+    titles = {"one": "one executor", "two": "two executors", "apart": "two executors that exchange nothing"}
+    for name, rates in found.items():
+        middle, low, high = np.median(rates), min(rates), max(rates)
+        print(f"engine {engine}, {titles[name]}: {middle:,.0f} images/s ({low:,.0f} to {high:,.0f})")
+    for above, below in (("two", "one"), ("apart", "one"), ("two", "apart")):
+        ratio = stats.ratio_interval(found[below], found[above], confidence=0.95, paired=True)
+        print(f"{titles[above]} / {titles[below]}: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
     print(
-        f"engine {engine}, two executors / one: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], "
-        f"{options.pairs} pairs of {options.steps} steps; the all-reduce is {np.mean(waited):.1%} of a step\n",
+        f"{options.pairs} rounds of {options.steps} steps; the all-reduce is {np.mean(waited):.1%} of a step\n",
         flush=True,
     )
+
+
+def train_apart(context: Any, shard: Any) -> None:
+    """Train on this executor's part of each batch as if there were no other."""
+    from sparkgauge.adapters.caffe.training import make_engine
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = make_engine(context.plan, context, shard, Path(folder))
+        for step in context.steps(shard):
+            loss = engine.step(step.images, step.labels, global_batch=step.global_batch)
+            context.record_loss(loss * step.global_batch)
+        engine.close()
+    context.record_test(0, 1)
 
 
 def equal(run: Run, engine: str, options: argparse.Namespace) -> None:
@@ -133,7 +158,7 @@ def cluster(*, whole: bool) -> Iterator[Run]:
     launch.prepare()
     spark = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS))
 
-    def run(engine: str, *, passes: int = 1, snapshot: Path | None = None, **changes: Any) -> Round:
+    def run(engine: str, *, passes: int = 1, snapshot: Path | None = None, train: Any = None, **changes: Any) -> Round:
         model = "cifar10_quick"
         plan = read_plan(shipped(model), engine=engine, model=model, passes=passes, state_file=snapshot)
         fields: dict[str, Any] = {
@@ -151,7 +176,10 @@ def cluster(*, whole: bool) -> Iterator[Run]:
             "plan": plan,
         }
         job = Job(**{**fields, **changes})
-        return run_round(spark.spark.sparkContext, job, launch.launch, timeout_seconds=TIMEOUT_SECONDS)
+        start = launch.launch
+        if train is not None:
+            start = functools.partial(torch_launch.launch, train=train, open_shard=entry.open_shard)
+        return run_round(spark.spark.sparkContext, job, start, timeout_seconds=TIMEOUT_SECONDS)
 
     try:
         spark.warm(EXECUTORS)
