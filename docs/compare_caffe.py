@@ -73,16 +73,17 @@ def main() -> None:
     """Print the comparisons."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--only", choices=("layers", "losses"), help="default: both")
+    parser.add_argument("--only", choices=("layers", "losses", "answers"), help="default: all")
     options = parser.parse_args()
     dataset = resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge")))
     shard = Shard.open(dataset.folder, executors=1, rank=0, global_batch=BATCH, seed=1)
-    if options.only != "losses":
+    if options.only in (None, "layers"):
         print_layers()
         print_models(shard)
-    if options.only != "layers":
-        with pair("cifar10_quick", shard) as (real, ours):
+    with pair("cifar10_quick", shard) as (real, ours):
+        if options.only in (None, "losses"):
             print_losses(real, ours, shard, options.iterations)
+        if options.only in (None, "answers"):
             print_answers(real, ours, shard)
 
 
@@ -138,16 +139,16 @@ def print_losses(real: Any, ours: Any, shard: Shard, iterations: int) -> None:
             }
             for name, loss in found.items():
                 apart[name].append(abs(loss - wanted))
-    print("\n| largest difference of losses up to iteration | 10 | 50 | 100 | 200 |\n| --- | --- | --- | --- | --- |")
+    stops = sorted({min(stop, iterations) for stop in (10, 50, 100, iterations)})
+    print(f"\n| largest difference of losses up to iteration | {' | '.join(map(str, stops))} |")
+    print("| --- " * (len(stops) + 1) + "|")
     titles = {
         "led": "torch and Caffe, each update from Caffe's weights",
         "free": "torch and Caffe, each from its own weights",
         "itself": "Caffe and Caffe with every batch in reverse order",
     }
     for name, title in titles.items():
-        print(
-            f"| {title} | {' | '.join(f'{max(apart[name][:stop]):.0e}' for stop in (10, 50, 100, 200))} |", flush=True
-        )
+        print(f"| {title} | {' | '.join(f'{max(apart[name][:stop]):.0e}' for stop in stops)} |", flush=True)
 
 
 def print_answers(real: Any, ours: Any, shard: Shard) -> None:
