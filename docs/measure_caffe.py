@@ -54,7 +54,7 @@ def _engines(options: argparse.Namespace) -> Iterator[tuple[str, Engine]]:
     solver = read_solver(models.path(options.model))
     nets = solver.message, solver.train_net(), solver.test_net()
     mean = np.full(SHAPE, 120, np.float32)
-    shape = {"input_shape": SHAPE, "batch": BATCH, "mean": mean, "threads": options.threads}
+    shape: dict[str, Any] = {"input_shape": SHAPE, "batch": BATCH, "mean": mean, "seed": 1, "threads": options.threads}
     from sparkgauge.adapters.caffe.engine_torch import TorchEngine
 
     yield "torch", TorchEngine(*nets, **shape)

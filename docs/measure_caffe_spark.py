@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -24,13 +25,16 @@ import numpy as np
 import pooch
 
 from sparkgauge import stats
-from sparkgauge.adapters.caffe import launch
+from sparkgauge.adapters.caffe import entry, launch
+from sparkgauge.adapters.torch import launch as torch_launch
 from sparkgauge.caffe.plan import read_plan
 from sparkgauge.caffe.weights import read_weights
 from sparkgauge.channel import Address
 from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.spark import SparkCluster
-from sparkgauge.data import resolve
+from sparkgauge.data import Dataset, resolve
+from sparkgauge.data.cache import write_prepared
+from sparkgauge.data.layouts import Content
 from sparkgauge.job import Job
 from sparkgauge.models.caffe import path as shipped
 from sparkgauge.records import Round
@@ -50,35 +54,61 @@ def main() -> None:
     parser.add_argument("sections", nargs="+", choices=sections)
     parser.add_argument("--engine", choices=("torch", "caffe"), help="default: both, where Caffe is installed")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--iterations", type=int, default=5000, help="of full; the rest can follow from --snapshot")
     parser.add_argument("--snapshot", type=Path, help="a .solverstate that --save-to of an earlier part wrote")
     parser.add_argument("--save-to", default="", help="what the names of weights and state after full begin with")
     options = parser.parse_args()
     both = ["torch", "caffe"] if importlib.util.find_spec("caffe") else ["torch"]
-    with cluster() as run:
+    with cluster(whole="full" in options.sections) as run:
         for name in options.sections:
             for engine in [options.engine] if options.engine else both:
                 sections[name](run, engine, options)
 
 
 def executors(run: Run, engine: str, options: argparse.Namespace) -> None:
-    """Print the throughput of two executors over that of one, at the same global batch."""
-    found: dict[int, list[float]] = {1: [], 2: []}
+    """Print the throughput of two executors over that of one, at the same global batch, and what limits it.
+
+    Two executors that exchange nothing show what the machine's two cores give at most.
+    """
+    arms: dict[str, dict[str, Any]] = {
+        "one": {"executors": 1},
+        "two": {"executors": EXECUTORS},
+        "apart": {"executors": EXECUTORS, "train": train_apart},
+    }
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    waited: list[float] = []
     run(engine, executors=EXECUTORS, iterations=10)
     for turn in range(options.pairs):
-        for count in (1, 2) if turn % 2 == 0 else (2, 1):
-            done = run(engine, executors=count, iterations=options.steps)
-            found[count].append(done.images_per_second)
-    ratio = stats.ratio_interval(found[1], found[2], confidence=0.95, paired=True)
-    for count, rates in found.items():
-        low, high = min(rates), max(rates)
-        print(f"engine {engine}, {count} x 1 core: {np.median(rates):,.0f} images/s ({low:,.0f} to {high:,.0f})")
+        for name in arms if turn % 2 == 0 else reversed(arms):
+            done = run(engine, iterations=options.steps, **arms[name])
+            found[name].append(done.images_per_second)
+            if name == "two":
+                waited += [one.phases.sync / (one.phases.compute + one.phases.sync) for one in done.executors]
+    titles = {"one": "one executor", "two": "two executors", "apart": "two executors that exchange nothing"}
+    for name, rates in found.items():
+        middle, low, high = np.median(rates), min(rates), max(rates)
+        print(f"engine {engine}, {titles[name]}: {middle:,.0f} images/s ({low:,.0f} to {high:,.0f})")
+    for above, below in (("two", "one"), ("apart", "one"), ("two", "apart")):
+        ratio = stats.ratio_interval(found[below], found[above], confidence=0.95, paired=True)
+        print(f"{titles[above]} / {titles[below]}: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
     print(
-        f"engine {engine}, two executors / one: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], "
-        f"{options.pairs} pairs of {options.steps} steps\n",
+        f"{options.pairs} rounds of {options.steps} steps; the all-reduce is {np.mean(waited):.1%} of a step\n",
         flush=True,
     )
+
+
+def train_apart(context: Any, shard: Any) -> None:
+    """Train on this executor's part of each batch as if there were no other."""
+    from sparkgauge.adapters.caffe.training import make_engine
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = make_engine(context.plan, context, shard, Path(folder))
+        for step in context.steps(shard):
+            loss = engine.step(step.images, step.labels, global_batch=step.global_batch)
+            context.record_loss(loss * step.global_batch)
+        engine.close()
+    context.record_test(0, 1)
 
 
 def equal(run: Run, engine: str, options: argparse.Namespace) -> None:
@@ -103,15 +133,32 @@ def full(run: Run, engine: str, options: argparse.Namespace) -> None:
     print(f"every 500 iterations: {tests} %\n", flush=True)
 
 
+def part_of(dataset: Dataset, folder: Path) -> Dataset:
+    """Return the first 5,000 training and 500 test images as a data set: no figure here needs more but that of full."""
+    arrays = dataset.open()
+    train, test = slice(0, 5000), slice(0, 500)
+    content = Content(
+        np.ascontiguousarray(arrays.train_images[train]),
+        np.ascontiguousarray(arrays.train_labels[train]),
+        np.ascontiguousarray(arrays.test_images[test]),
+        np.ascontiguousarray(arrays.test_labels[test]),
+    )
+    write_prepared(content, folder, kind=dataset.identity.kind, source="docs/measure_caffe_spark.py")
+    return Dataset.load(folder)
+
+
 @contextmanager
-def cluster() -> Iterator[Run]:
+def cluster(*, whole: bool) -> Iterator[Run]:
     """Give a function that runs one round on a cluster of two executors of one core."""
     dataset = resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge")))
     print(f"data: {dataset.identity.name} ({dataset.identity.kind})", file=sys.stderr)
+    scratch = tempfile.TemporaryDirectory()
+    if not whole:
+        dataset = part_of(dataset, Path(scratch.name) / "part")
     launch.prepare()
     spark = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS))
 
-    def run(engine: str, *, passes: int = 1, snapshot: Path | None = None, **changes: Any) -> Round:
+    def run(engine: str, *, passes: int = 1, snapshot: Path | None = None, train: Any = None, **changes: Any) -> Round:
         model = "cifar10_quick"
         plan = read_plan(shipped(model), engine=engine, model=model, passes=passes, state_file=snapshot)
         fields: dict[str, Any] = {
@@ -129,13 +176,17 @@ def cluster() -> Iterator[Run]:
             "plan": plan,
         }
         job = Job(**{**fields, **changes})
-        return run_round(spark.spark.sparkContext, job, launch.launch, timeout_seconds=TIMEOUT_SECONDS)
+        start = launch.launch
+        if train is not None:
+            start = functools.partial(torch_launch.launch, train=train, open_shard=entry.open_shard)
+        return run_round(spark.spark.sparkContext, job, start, timeout_seconds=TIMEOUT_SECONDS)
 
     try:
         spark.warm(EXECUTORS)
         yield run
     finally:
         spark.stop()
+        scratch.cleanup()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "tensorflowonspark": ("tensorflowonspark",),
     "keras": ("keras",),
     "torch": ("torch",),
+    "caffe": ("sparkgauge-caffe",),
     "numpy": ("numpy",),
 }
 """Name in the record -> distributions that provide it, the first installed one counts."""

@@ -13,8 +13,6 @@ pytest.importorskip("torch", reason="framework caffe needs PyTorch")
 pytest.importorskip("google.protobuf", reason="reading prototxt needs protobuf")
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
 
 from plugin.tests.caffe_nets import NET, SOLVER, of_database, write_databases, write_project
 from sparkgauge.adapters.caffe import engine_caffe, launch
@@ -71,7 +69,7 @@ def quick(run: Any, saved: Path) -> Any:
     def quick(engine: str, executors: int) -> tuple[Round, Any]:
         key = need(engine), executors
         if key not in _ROUNDS:
-            plan = read_plan(shipped("cifar10_quick"), engine=engine, passes=2)
+            plan = read_plan(shipped("cifar10_quick"), engine=engine, model="cifar10_quick", passes=2)
             prefix = saved / f"{engine}-{executors}"
             done = run(plan, executors=executors, test_every=15, save_to=str(prefix))
             _ROUNDS[key] = done, read_weights(f"{prefix}_seed1_iter_20.caffemodel")
@@ -148,7 +146,7 @@ def test_the_users_own_net_and_databases(trainings: Any, tmp_path: Path, monkeyp
     data = trainings.session.data_of(workload).identity
     done = trainings.session.run_round(workload, seed=1, index=0, planned=1)
     assert (workload.model, data.name, data.train_count, data.test_count) == ("small_solver", "train_lmdb", 61, 23)
-    assert done.accuracy_fraction > 0.5
+    assert done.curve[-1].train_loss < 2.3  # ln 10 is what guessing gives
     assert sum(record.test_images for record in done.executors) == 23
 
 
@@ -178,9 +176,9 @@ def test_weights_of_another_net_are_named(run: Any, saved: Path, quick: Any, tmp
         run(plan)
 
 
-@given(st.integers(0, 300), st.integers(1, 4), st.integers(1, 4))
-def test_passes_are_cut_the_same_for_any_number_of_executors(batch: int, executors: int, each: int) -> None:
-    passes = executors * each
+@pytest.mark.parametrize("batch", [0, 1, 7, 100, 101])
+@pytest.mark.parametrize(("executors", "passes"), [(1, 2), (2, 2), (2, 4), (3, 3), (4, 12)])
+def test_passes_are_cut_the_same_for_any_number_of_executors(batch: int, executors: int, passes: int) -> None:
     dealt = [parts(batch, passes, executors, rank) for rank in range(executors)]
     assert [size for own in dealt for size in own] == parts(batch, passes, 1, 0)
     for rank, own in enumerate(dealt):

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from pyspark import cloudpickle
 
+from plugin.tests.caffe_nets import write_project
 from plugin.tests.plugin_runs import DATA, MACHINE, make_config, make_round
 from sparkgauge import efficiency, speedup
 from sparkgauge import session as sessions
 from sparkgauge.config import GaugeConfig
 from sparkgauge.data import Dataset
-from sparkgauge.errors import BaselineError, ClusterError, ConfigurationError, NotMeasuredError
+from sparkgauge.errors import BaselineError, ClusterError, ConfigurationError, MachineError, NotMeasuredError
 from sparkgauge.records import Round, RunRecord
 from sparkgauge.report.progress import Progress
 from sparkgauge.session import GaugeSession, TestGauge
@@ -488,3 +489,34 @@ def test_reprs_are_one_short_line(make: Callable[..., TestGauge]) -> None:
     assert repr(training) == "<training 'trained': tensorflow cifar10_quick on 2 x cpu, 0 of 3 rounds>"
     assert repr(gauge.baseline) == "<baseline of 'trained'>"
     assert repr(gauge.baseline["gpu"]) == "<baseline of 'gpu'>"
+
+
+def caffe_gauge(root: Path, test_id: str) -> TestGauge:
+    session = Session(make_config(baselines_folder=root))
+    session.root = root
+    return session.test(test_id, Timer())
+
+
+def test_a_caffe_solver_is_found_beside_the_test_or_in_the_root_folder(tmp_path: Path) -> None:
+    pytest.importorskip("google.protobuf", reason="reading prototxt needs protobuf")
+    pytest.importorskip("torch", reason="framework caffe needs PyTorch")
+    solver = write_project(tmp_path / "perf" / "nets")
+    gauge = caffe_gauge(tmp_path, "perf/test_x.py::test_a")
+    for path in ("nets/small_solver.prototxt", "perf/nets/small_solver.prototxt"):
+        plan = gauge.train({"framework": "caffe", "solver": path}).workload.plan
+        assert plan is not None
+        assert plan.name == str(solver)
+    saving = gauge.train({"framework": "caffe", "solver": "nets/small_solver.prototxt", "save_to": "out/w"})
+    assert saving.workload.save_to == str(tmp_path / "out" / "w")
+
+
+def test_the_real_caffe_is_asked_for_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("google.protobuf", reason="reading prototxt needs protobuf")
+    pytest.importorskip("torch", reason="framework caffe needs PyTorch")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "caffe" else found(name, *rest)
+    )
+    gauge = caffe_gauge(tmp_path, "test_x.py::test_a")
+    with pytest.raises(MachineError, match="real Caffe, which is not installed.*sparkgauge install-caffe"):
+        gauge.train({"framework": "caffe", "model": "cifar10_quick", "engine": "caffe"})

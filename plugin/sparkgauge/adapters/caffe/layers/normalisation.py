@@ -94,7 +94,8 @@ class BatchNorm(Layer):
         x = channels_last(bottoms[0])
         if (not run.training) if self.fixed is None else self.fixed:
             return [self._by_averages(x)]
-        mean, variance = torch.empty_like(self.blobs[0]), torch.empty_like(self.blobs[1])
+        # zeros: the kernel multiplies what is there by 1 - momentum, and 0 times a NaN is one
+        mean, variance = torch.zeros_like(self.blobs[0]), torch.zeros_like(self.blobs[1])
         count = x.numel() // x.shape[1]
         if count < 2:
             raise self.error("needs more than one value per channel", actual=f"a batch of {tuple(x.shape)}")
