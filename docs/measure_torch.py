@@ -57,8 +57,10 @@ SCALING_STEPS = {"cifar10_quick": 40, "resnet20": 10, "cifar10_tutorial": 20}
 OVERHEAD_STEPS = 80
 BARE_STEPS = {"resnet20": 10, "cifar10_tutorial": 24}
 AGREEMENT_STEPS = 50
-SPEEDRUN_STEPS = (50, 100, 150)
-"""One, two and three epochs of 50 steps."""
+SPEEDRUN_BATCH = 250
+SPEEDRUNS = ((0.5, 2.0), (0.5, 3.0), (0.5, 5.0))
+"""Width of the network and epochs, in batches that fit into a processor's cache; each is a training of its own, since
+the rate falls towards its end."""
 GPU_RUNS = 10
 TIMEOUT_SECONDS = 3000.0
 
@@ -78,10 +80,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", choices=[*sections, []], help="default: all but gpu")
     parser.add_argument("--pairs", type=int, help="interleaved pairs of rounds of every ratio")
+    parser.add_argument("--speedruns", nargs="*", help="of section speedrun, as WIDTH:EPOCHS")
     parser.add_argument("--models", nargs="*", default=list(SCALING_STEPS), help="of section scaling")
     arguments = parser.parse_args()
     if arguments.pairs:
         PAIRS.update(dict.fromkeys(PAIRS, arguments.pairs))
+    global SPEEDRUNS
+    if arguments.speedruns:
+        SPEEDRUNS = tuple((float(w), float(e)) for w, _, e in (one.partition(":") for one in arguments.speedruns))
     for model in SCALING_STEPS.keys() - set(arguments.models):
         del SCALING_STEPS[model]
     wanted = arguments.sections or [name for name in sections if name != "gpu"]
@@ -209,17 +215,18 @@ def quick() -> None:
 
 
 def speedrun() -> None:
-    """Print what ``speedrun`` reaches in one, two and three epochs on the CPU, and in which time."""
+    """Print what ``speedrun`` reaches in a few epochs on the CPU, and in which time."""
     dataset = _dataset()
     print("| speedrun, 2 executors of one core | seconds, training + test | accuracy | images/s | GFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
     with _cluster() as cluster:
-        for steps in SPEEDRUN_STEPS:
-            done = _on_spark(cluster, _job(dataset, "speedrun", steps))
+        for width, epochs in SPEEDRUNS:
+            changes: dict[str, Any] = {"global_batch": SPEEDRUN_BATCH, "options": {"width": width}}
+            done = _on_spark(cluster, _job(dataset, "speedrun", round(epochs * 50_000 / SPEEDRUN_BATCH), **changes))
             rate = done.images_per_second
-            gflops = achieved_gflops("speedrun", rate)
+            gflops = achieved_gflops("speedrun", rate, {"width": width})
             print(
-                f"| {steps} steps of {RECIPES['speedrun'].global_batch} | {done.runtime_seconds:.0f} | "
+                f"| width {width:g}, {epochs:g} epochs, batch {SPEEDRUN_BATCH} | {done.runtime_seconds:.0f} | "
                 f"{done.accuracy_fraction:.2%} | {rate:,.0f} | {gflops:.0f} |",
                 flush=True,
             )

@@ -52,7 +52,8 @@ def achieved_gflops(run: RunRecord) -> float | None:
     rounds = run.valid_rounds
     if not rounds:
         return None
-    return flops.achieved_gflops(str(run.workload["model"]), sum(one.images_per_second for one in rounds) / len(rounds))
+    mean = sum(one.images_per_second for one in rounds) / len(rounds)
+    return flops.achieved_gflops(str(run.workload["model"]), mean, run.workload.get("options", {}))
 
 
 def _on_executor(threads: int, device: str, _: int) -> tuple[float, float]:
