@@ -168,7 +168,7 @@ def _dataset() -> Dataset:
 @contextlib.contextmanager
 def _cluster() -> Iterator[SparkCluster]:
     tensorflow.prepare()
-    cluster = SparkCluster.start(_spec(PREIMPORTS))
+    cluster = SparkCluster.start(_spec(PREIMPORTS["tensorflow"]))
     try:
         cluster.warm(EXECUTORS)
         yield cluster

@@ -11,8 +11,9 @@ as JSON text.
 
 ``--competitors N`` starts N processes that work and rest in random bursts, as other jobs of a shared machine do.
 ``--spark`` records real trainings instead: short rounds of cifar10_quick on the embedded cluster, all with one seed,
-with ``<phase>_seconds`` (means over the executors) beside the columns above; ``cpu_seconds`` are then those of the
-training processes together. ``--label`` says in the file what the machine was doing.
+with ``<phase>_seconds`` and ``<phase>_cpu_seconds`` (means over the executors) beside the columns above;
+``cpu_seconds`` are then those of the training processes together. ``--label`` says in the file what the machine was
+doing.
 """
 
 from __future__ import annotations
@@ -88,16 +89,19 @@ def record(seconds: float) -> dict[str, np.ndarray]:
     return {name: np.asarray(column, dtype=np.float64) for name, column in zip(names, np.array(rows).T, strict=True)}
 
 
-def record_spark(seconds: float, iterations: int) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+def record_spark(
+    seconds: float, iterations: int, framework: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     """Return the columns of a trace of real rounds, taken for about ``seconds``, and what was run."""
     import sys
 
-    from sparkgauge import selfcheck_rounds, store
+    from sparkgauge import attribution, selfcheck_rounds, store
     from sparkgauge.report.progress import Progress
 
     reference, beside = Kernel(REFERENCE_CPU_SECONDS), []
     settings = selfcheck_rounds.Settings()
-    with selfcheck_rounds.rounds_on_spark(settings, Progress(sys.stderr), iterations=iterations) as taker:
+    keywords = {"iterations": iterations, "framework": framework}
+    with selfcheck_rounds.rounds_on_spark(settings, Progress(sys.stderr), **keywords) as taker:
         rounds, end = [], time.monotonic() + seconds
         while time.monotonic() < end:
             beside.append((*timed(reference), os.getloadavg()[0]))
@@ -115,6 +119,8 @@ def record_spark(seconds: float, iterations: int) -> tuple[dict[str, np.ndarray]
     columns["cpu_seconds"] = np.array([store.cpu_seconds(one) for one in rounds])
     for phase, values in selfcheck_rounds.phase_samples(rounds).items():
         columns[f"{phase}_seconds"] = np.array(values)
+    for phase, values in attribution.phase_means([one.executors for one in rounds], cpu=True).items():
+        columns[f"{phase}_cpu_seconds"] = np.array(values)
     return columns, about
 
 
@@ -137,6 +143,7 @@ def main() -> None:
     )
     parser.add_argument("--spark", action="store_true", help="record real training rounds on a Spark cluster")
     parser.add_argument("--iterations", type=int, default=30, help="training steps of such a round")
+    parser.add_argument("--framework", help="what such a round trains with (default: the first one installed)")
     parser.add_argument("--append", action="store_true", help="add to the file a further piece of the same kind")
     parser.add_argument("--label", default="", help="what the machine was doing, kept in the file")
     options = parser.parse_args()
@@ -147,7 +154,7 @@ def main() -> None:
     extra: dict[str, object] = {"kind": "steps"}
     try:
         if options.spark:
-            columns, extra = record_spark(options.seconds, options.iterations)
+            columns, extra = record_spark(options.seconds, options.iterations, options.framework)
         else:
             columns = record(options.seconds)
     finally:

@@ -11,6 +11,7 @@ The handshake is the standard library's mutual HMAC challenge (multiprocessing.c
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -51,6 +52,7 @@ class DriverChannel:
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._started = time.monotonic()
         self._connections: dict[int, Connection] = {}
+        self._links = itertools.count()
         self._lock = threading.Lock()
         self._closed = False
         threading.Thread(target=self._accept, name="sparkgauge-channel", daemon=True).start()
@@ -65,6 +67,14 @@ class DriverChannel:
             connections = list(self._connections.values())
         for connection in connections:
             with contextlib.suppress(OSError):
+                connection.send_bytes(_encode(message))
+
+    def send(self, rank: int, message: dict[str, Any]) -> None:
+        """Send ``message`` to executor ``rank`` alone; nothing happens where it has gone."""
+        with self._lock:
+            connection = self._connections.get(rank)
+        with contextlib.suppress(OSError):
+            if connection is not None:
                 connection.send_bytes(_encode(message))
 
     def close(self) -> None:
@@ -109,15 +119,17 @@ class DriverChannel:
     def _listen(self, connection: Connection, rank: int, hello: dict[str, Any]) -> None:
         with self._lock:
             self._connections[rank] = connection
+            # a rank can come back: what its earlier process said must not be taken for the new one's
+            sender = {"rank": rank, "link": next(self._links)}
         _receive_timeout(connection.fileno(), 0)
         try:
             connection.send_bytes(_encode({"kind": "clock", "elapsed_seconds": self.elapsed()}))
-            self.inbox.put(hello)
+            self.inbox.put({**hello, **sender})
             while True:
-                self.inbox.put({**_decode(connection.recv_bytes(MAX_MESSAGE_BYTES)), "rank": rank})
+                self.inbox.put({**_decode(connection.recv_bytes(MAX_MESSAGE_BYTES)), **sender})
         except (OSError, EOFError, ValueError) as error:
             if not self._closed:
-                self.inbox.put({"kind": "gone", "rank": rank, "why": f"{type(error).__name__}: {error}"})
+                self.inbox.put({"kind": "gone", "why": f"{type(error).__name__}: {error}", **sender})
         finally:
             with self._lock:
                 if self._connections.get(rank) is connection:

@@ -119,6 +119,34 @@ def _run_install_caffe(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _declare_table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "reports",
+        nargs="*",
+        type=Path,
+        metavar="REPORT",
+        help="files that pytest --gauge-report wrote; none: 2017 only",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print it in Markdown")
+    parser.add_argument(
+        "--price", metavar="DEVICE=PRICE/h,...", help="add cost and break-even, as pytest --gauge-price does"
+    )
+
+
+def _run_table(options: argparse.Namespace) -> int:
+    from sparkgauge import config
+    from sparkgauge.report import gpu_lines, reference
+
+    prices = config.prices(options.price, "--price") if options.price else {}
+    runs = reference.read_reports(options.reports)
+    table = reference.reference_table(runs)
+    _print(reference.markdown_lines(table) if options.markdown else reference.text_lines(table))
+    notes = [*gpu_lines.gpu_lines(runs), *gpu_lines.price_lines(runs, prices), *reference.software_lines(runs)]
+    if notes:
+        _print(["", "```text", *notes, "```"] if options.markdown else ["", *notes])
+    return DONE
+
+
 def _declare_baselines(parser: argparse.ArgumentParser) -> None:
     _add_commands(parser, BASELINE_COMMANDS)
 
@@ -391,6 +419,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command("examine this machine before a measured run", _declare_doctor, _run_doctor),
     "selfcheck": Command("find out how often the gate errs on this machine", _declare_selfcheck, _run_selfcheck),
     "baselines": Command("look after the stored baselines", _declare_baselines, lambda options: DONE),
+    "table": Command("the rows of the 2017 report beside today's runs", _declare_table, _run_table),
     "install-caffe": Command(
         "build the real Caffe with its Python interface, once, and install it",
         _declare_install_caffe,

@@ -9,19 +9,35 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sparkgauge.errors import ConfigurationError
 
 ValueKind = Literal[
-    "count", "seed", "seconds", "percent", "points", "confidence", "memory", "master", "injections", "path", "text"
+    "count",
+    "retries",
+    "seed",
+    "seconds",
+    "percent",
+    "points",
+    "confidence",
+    "memory",
+    "master",
+    "injections",
+    "path",
+    "text",
+    "gpu_share",
+    "prices",
+    "requirements",
 ]
 Kind = Literal[ValueKind, "choice", "flag", "switch"]
 Profile = Literal["smoke", "ci", "full"]
 
 PROFILES: tuple[Profile, ...] = ("smoke", "ci", "full")
+BatchRule = Literal["global", "per-executor"]
+BATCH_RULES: tuple[BatchRule, ...] = ("global", "per-executor")
 SYNTHETIC = "synthetic"
 """The value of ``--gauge-data`` that asks for the look-alike data."""
 EMBEDDED = "embedded"
@@ -42,9 +58,14 @@ DEFAULT_MARGIN_PERCENT = 10.0
 DEFAULT_ACCURACY_MARGIN_POINTS = 1.0
 DEFAULT_CONFIDENCE = 0.95
 DEFAULT_SEED = 1
+RETRY_LIMIT = 100
+"""Nobody waits for so many; a mistyped number must not let a round fail for hours."""
 
 INJECTABLE_PHASES = ("feed", "compute")
 """The phases that a training step can be slowed down in."""
+
+REQUIREMENTS = ("gpu",)
+"""What ``--gauge-require`` can ask of a machine."""
 
 _GROUP = "sparkgauge"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -193,6 +214,22 @@ OPTIONS: tuple[Option, ...] = (
     _twin(
         "seed", "seed", "Seed of the first round; each round adds one (default: 1).", default=DEFAULT_SEED, metavar="N"
     ),
+    _twin(
+        "batch",
+        "choice",
+        "What a model's batch counts: the images of all executors together, or of each, so that more executors "
+        "train on more images per step (default: global).",
+        default="global",
+        choices=BATCH_RULES,
+    ),
+    _twin(
+        "retries",
+        "retries",
+        "Times that a round may go on after an executor was lost, where the framework can; such a round is no timing "
+        "sample (default: 0).",
+        default=0,
+        metavar="N",
+    ),
     _line_only(
         "against",
         "text",
@@ -212,6 +249,29 @@ OPTIONS: tuple[Option, ...] = (
         "Slow phases down on purpose, e.g. compute=30%%, to see the gate at work (phases: feed, compute).",
         default={},
         metavar="PHASE=PERCENT,...",
+    ),
+    _twin(
+        "gpus_per_executor",
+        "gpu_share",
+        "GPUs of each executor in sessions with tests on GPUs: a whole number, or a fraction such as 0.5 for two "
+        "executors that share one (default: 1).",
+        default=1.0,
+        metavar="N",
+    ),
+    _twin(
+        "require",
+        "requirements",
+        "What this machine must have: gpu makes tests that would be skipped for want of one fail.",
+        default=frozenset(),
+        metavar="gpu",
+    ),
+    _twin(
+        "price",
+        "prices",
+        "What an hour of a machine costs, by device or by a GPU's name: cpu=0.80/h,gpu=3.20/h adds cost per training "
+        "and the break-even price to the report.",
+        default={},
+        metavar="DEVICE=PRICE/h,...",
     ),
 )
 """Every option, in the order of ``pytest --help``."""
@@ -282,6 +342,16 @@ class GaugeConfig:
     against: str | None = None
     """The commit that this session compares with, in the user's words; None for stored baselines."""
     against_python: Path | None = None
+    batch: BatchRule = "global"
+    gpus_per_executor: float = 1.0
+    required: frozenset[str] = frozenset()
+    """What the machine must have: tests that want it fail rather than skip."""
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """Price of an hour of the whole machine, by device (``cpu``, ``gpu``) or by a GPU's name."""
+    chosen: frozenset[str] = frozenset()
+    """Which of ``executors`` and ``cores`` somebody chose; the others follow from the machine."""
+    retries: int = 0
+    """Times that a round may go on after an executor was lost."""
 
     @property
     def embedded(self) -> bool:
@@ -331,7 +401,24 @@ class GaugeConfig:
             given=given,
             against=values["against"],
             against_python=values["against_python"],
+            gpus_per_executor=values["gpus_per_executor"],
+            required=values["require"],
+            prices=values["price"],
+            chosen=frozenset(name for name in ("executors", "cores") if values[name]),
         )
+
+    def for_gpus(self, gpus: int, cores: int) -> GaugeConfig:
+        """Return this for a session with tests on GPUs: as many executors as ``gpus`` serve, where nobody chose.
+
+        An embedded cluster then shares the machine's ``cores`` out anew, so that CPU tests use them all.
+        """
+        from sparkgauge.gpu import fitting
+
+        if not self.embedded or "executors" in self.chosen or not gpus:
+            return self
+        executors = fitting(self.executors, gpus, self.gpus_per_executor)
+        cores_each = self.cores_per_executor if "cores" in self.chosen else max(1, cores // executors)
+        return replace(self, executors=executors, cores_per_executor=cores_each)
 
 
 def check(get_option: Callable[[str], Any], get_ini: Callable[[str], Any], environ: Mapping[str, str]) -> None:
@@ -342,7 +429,10 @@ def check(get_option: Callable[[str], Any], get_ini: Callable[[str], Any], envir
     _max_rounds(values, given)
 
 
-_COPIED = ("data", "profile", "rounds", "update", "require_baseline", "confidence", "inconclusive", "seed")
+_COPIED = (
+    *("data", "profile", "rounds", "update", "require_baseline", "confidence", "inconclusive"),
+    *("seed", "batch", "retries"),
+)
 
 
 def is_ci(environ: Mapping[str, str]) -> bool:
@@ -490,6 +580,11 @@ def count(value: Any, where: str) -> int:
     return _whole(value, where, 1, None, "a whole number of at least 1")
 
 
+def retries(value: Any, where: str) -> int:
+    """Return ``value`` as a number of retries, 0 to 100."""
+    return _whole(value, where, 0, RETRY_LIMIT + 1, f"a whole number from 0 to {RETRY_LIMIT}")
+
+
 def seed(value: Any, where: str) -> int:
     """Return ``value`` as a seed, 0 to 2**32 - 1."""
     return _whole(value, where, 0, _SEED_LIMIT, f"a whole number from 0 to {_SEED_LIMIT - 1}")
@@ -577,6 +672,34 @@ def _injections(value: Any, where: str) -> dict[str, float]:
     return found
 
 
+def _gpu_share(value: Any, where: str) -> float:
+    expected = "a whole number of GPUs, or a fraction between 0 and 1, e.g. 0.5"
+    result = number(value, where, expected)
+    if result <= 0 or (result > 1 and result != int(result)):
+        raise _bad(where, expected, value)
+    return result
+
+
+def _requirements(value: Any, where: str) -> frozenset[str]:
+    return frozenset(_one_of(part, REQUIREMENTS, where) for part in str(value).split(","))
+
+
+def prices(value: Any, where: str) -> dict[str, float]:
+    """Return the price of an hour by device of ``DEVICE=PRICE/h,...``."""
+    expected = (
+        "DEVICE=PRICE/h with a price above 0, each device once: cpu, gpu or a GPU's name, e.g. cpu=0.8/h,gpu=3.2/h"
+    )
+    found: dict[str, float] = {}
+    for part in str(value).split(","):
+        device, _, price = (word.strip() for word in part.rpartition("="))
+        if not device or device in found or not price.endswith("/h"):
+            raise _bad(where, expected, value)
+        found[device] = number(price, where, expected, unit="/h")
+        if found[device] <= 0:
+            raise _bad(where, expected, value)
+    return found
+
+
 def _text(value: Any, where: str) -> str:
     if not str(value).strip():
         raise _bad(where, "a text that is not empty", value)
@@ -585,6 +708,7 @@ def _text(value: Any, where: str) -> str:
 
 _CONVERTERS: Mapping[str, Callable[[Any, str], Any]] = {
     "count": count,
+    "retries": retries,
     "seed": seed,
     "seconds": seconds,
     "percent": percent,
@@ -595,4 +719,7 @@ _CONVERTERS: Mapping[str, Callable[[Any, str], Any]] = {
     "injections": _injections,
     "path": _text,
     "text": _text,
+    "gpu_share": _gpu_share,
+    "requirements": _requirements,
+    "prices": prices,
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkgauge.channel import ExecutorChannel
 from sparkgauge.job import Job
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sparkgauge.data.shards import Shard
+    from sparkgauge.checkpoints import Checkpoints
 
 PROGRESS_SECONDS = 0.5
 """Least time between two progress messages: a terminal shows no more, and the wire stays idle."""
 
 CURVE_STEPS = 50
 """A point of the learning curve is kept every so many steps, and at each test."""
+
+FILE_PART_BYTES = 4 * 1024 * 1024
+"""Of a file in one message."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,17 @@ class Step:
     """Images of this step over all executors: divide summed losses by it."""
 
 
+class Batches(Protocol):
+    """What :meth:`Context.steps` needs of a shard."""
+
+    @property
+    def sampler(self) -> Any:
+        """Return the order of the images."""
+
+    def batch(self, step: int) -> tuple[Any, Any]:
+        """Return this executor's images, or what stands for them, and labels of the global step."""
+
+
 class Context:
     """Passed to ``fit(context, shard)`` on each executor.
 
@@ -47,7 +62,15 @@ class Context:
     :meth:`phase` marks other phases, :meth:`record_loss` and :meth:`record_test` fill the learning curve.
     """
 
-    def __init__(self, job: Job, rank: int, channel: ExecutorChannel, clock: PhaseClock, handle: Any = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        rank: int,
+        channel: ExecutorChannel,
+        clock: PhaseClock,
+        handle: Any = None,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
         """Made by the executor's runner, not by users."""
         self.rank = rank
         """This executor's index, 0 to ``executors`` - 1."""
@@ -61,6 +84,8 @@ class Context:
         self.test_every = job.test_every
         self.threads = job.threads
         self.options: Mapping[str, Any] = job.options
+        self.plan = job.plan
+        self.save_to = job.save_to
         self.handle = handle
         """The framework's own handle: with TensorFlow the ``MultiWorkerMirroredStrategy``."""
         self.step_seconds: list[float] = []
@@ -71,36 +96,70 @@ class Context:
         self._channel, self._clock = channel, clock
         self._step_images = 0
         self._loss_sum, self._loss_images, self._last_loss = 0.0, 0, math.nan
-        self._step_number = 0
+        self._checkpoints = checkpoints
+        self._step_number = self._first_step = 0
         self._tested_step = -1
         self._next_progress = 0.0
 
-    def total_steps(self, shard: Shard) -> int:
+    def total_steps(self, shard: Batches) -> int:
         """Return the number of training steps of this round."""
         if self.iterations is not None:
             return self.iterations
-        return math.ceil((self.epochs or 1) * shard.sampler.steps_per_epoch)
+        return math.ceil((self.epochs or 1) * int(shard.sampler.steps_per_epoch))
 
-    def steps(self, shard: Shard) -> Iterator[Step]:
-        """Yield every training step of the round, timing how long the batch and the body take."""
+    def steps(self, shard: Batches) -> Iterator[Step]:
+        """Yield every training step of the round, timing how long the batch and the body take.
+
+        After :meth:`restore` has found a checkpoint the first one is the step that follows it.
+        """
         total = self.total_steps(shard)
-        for index in range(total):
+        for index in range(self._first_step, total):
             began, excluded = time.monotonic(), self._excluded_seconds()
             self._clock.switch("feed")
             images, labels = shard.batch(index)
             self._inject("feed", time.monotonic() - began)
             self._step_images = len(labels)
             self._step_number = index + 1
-            self._clock.switch("compute" if index else "warmup")
+            self._clock.switch("compute" if index > self._first_step else "warmup")
             body = time.monotonic()
             yield Step(index, images, labels, shard.sampler.global_batch_size(index))
+            if index + 1 == total:
+                self._clock.synchronise()  # the last steps may still be queued on the device
             tested = self._excluded_seconds() - excluded
             self._inject("compute", time.monotonic() - body - tested)
             self.train_images += len(labels)
-            if index:
+            if index > self._first_step:
                 self.step_seconds.append(time.monotonic() - began - tested)
             self._after_step(index, total)
         self._clock.switch("collect")
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Return whether to call :meth:`checkpoint` after this step; the same on every executor."""
+        return self._checkpoints is not None and self._checkpoints.due(self._step_number)
+
+    def checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Keep ``state`` (arrays, tensors, plain values, and mappings and lists of them) as it is after this step.
+
+        Executor 0's state is kept, the others' are ignored: what they need must be in it. TypeError names a value that
+        cannot be kept. Nothing happens without ``checkpoint_every``.
+        """
+        if self._checkpoints is not None:
+            with self.phase("collect"):
+                self._checkpoints.write(self._step_number, state)
+
+    def restore(self) -> dict[str, Any] | None:
+        """Return the state to go on from, None in a round that starts from scratch; call it before :meth:`steps`.
+
+        That is executor 0's last :meth:`checkpoint` in an earlier attempt of this round. DataError where the file is
+        damaged or of another training.
+        """
+        found = self._checkpoints.read() if self._checkpoints is not None else None
+        if found is None:
+            return None
+        self._first_step, state = found
+        self._step_number = self._first_step
+        return state
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Return a context manager whose block is timed as phase ``name`` (see records.PHASES)."""
@@ -130,6 +189,12 @@ class Context:
         earlier = self.test_images if self._tested_step == self._step_number else 0
         self.test_images, self._tested_step = earlier + int(tested), self._step_number
         self._point(correct=int(correct), tested=int(tested))
+
+    def send_file(self, ending: str, content: bytes) -> None:
+        """Hand a file to the driver, which writes it as ``save_to`` + ``ending`` once the round has ended well."""
+        for start in range(0, max(len(content), 1), FILE_PART_BYTES):
+            part = base64.b64encode(content[start : start + FILE_PART_BYTES]).decode()
+            self._channel.send("file", ending=ending, content=part)
 
     def _after_step(self, index: int, total: int) -> None:
         if (index + 1) % CURVE_STEPS == 0 or index + 1 == total:

@@ -220,12 +220,15 @@ def check_gpu(machine: Machine) -> Check:
     folder = machine.root / "proc/driver/nvidia"
     gpus = gpu.detect(folder)
     if not gpus:
-        reason = gpu.why_none(folder)
+        reason = gpu.why_none(folder, machine.root)
         if not folder.exists():
             return Check("gpu", "ok", f"none: {reason}; tests marked gpu are skipped")
         action = "look at nvidia-smi, or set CUDA_VISIBLE_DEVICES"
         return Check("gpu", "warn", f"none: {reason}", "tests marked gpu are skipped", action)
-    found = ", ".join(f"{one.index}: {one.name}" for one in gpus)
+    found = "; ".join(gpu.describe(one) for one in gpus)
+    if using := [text for one in gpus if (text := gpu.busy(one))]:
+        why = f"in use before anything of ours runs: {'; '.join(using)}"
+        return Check("gpu", "warn", found, why, f"wait for them, or choose others with {gpu.VISIBLE_VARIABLE}")
     if "tensorflow-cpu" in machine.versions:
         why = "tensorflow-cpu cannot use a GPU"
         return Check("gpu", "warn", found, why, "pip uninstall tensorflow-cpu; pip install 'tensorflow[and-cuda]'")

@@ -10,6 +10,18 @@ from sparkgauge.channel import Address
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """How a round outlives the loss of an executor."""
+
+    retries: int
+    """Times that the stage may be run again."""
+    every_steps: int | None
+    """Steps between two checkpoints; None writes none, and a stage that is run again starts at the first step."""
+    folder: str
+    """Where this round's checkpoints go: a folder that all executors see, or a URI of Hadoop's; empty without any."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One round's training + test, the same for all executors."""
 
@@ -38,8 +50,14 @@ class Job:
     """The user's own ``fit(context, shard)``; None trains a built-in model."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Passed through to ``fn`` as ``context.options``."""
+    plan: Any = None
+    """What the framework's adapter needs beside the model's name, e.g. a :class:`sparkgauge.caffe.plan.Plan`."""
+    save_to: str = ""
+    """Path on the driver that the names of the files begin with that executor 0 hands over; empty for none."""
     injections: Mapping[str, float] = field(default_factory=dict)
     """Deliberate slowdown per phase, as a fraction of the phase's own time: shows that the gate works."""
+    recovery: Recovery | None = None
+    """None where a lost executor ends the round."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ MOST_STEAL_FRACTION = 0.05
 MOST_THROTTLED_FRACTION = 0.02
 """Share of the round's wall time that a processor quota may stop the group before the round counts as disturbed."""
 
+MOST_GPU_THROTTLED_FRACTION = 0.02
+"""Share of a round's samples with clocks that heat or the power supply held down."""
+
 MOST_SWAPPED_BYTES = 32 * 2**20
 """Swapping beyond it takes a good part of a second on a disk."""
 
@@ -90,7 +93,19 @@ def disturbances(one: Round) -> list[str]:
     swapped = max((state.swapped_bytes or 0 for state in states), default=0)
     found = [f"steal {steal:.0%}"] if steal > MOST_STEAL_FRACTION else []
     found += [f"throttled {throttled:.0%} of the time"] if throttled > MOST_THROTTLED_FRACTION else []
-    return [*found, f"{swapped / 2**20:.0f} MiB swapped"] if swapped > MOST_SWAPPED_BYTES else found
+    found += [f"{swapped / 2**20:.0f} MiB swapped"] if swapped > MOST_SWAPPED_BYTES else []
+    return [*found, *_gpu_disturbances(one)]
+
+
+def _gpu_disturbances(one: Round) -> list[str]:
+    """Return what a round's GPUs suffered: clocks held down by heat or a failing supply, and errors."""
+    found: list[str] = []
+    for state in (state for executor in one.executors for state in executor.gpus):
+        if (throttled := state.throttled_fraction or 0.0) > MOST_GPU_THROTTLED_FRACTION:
+            reasons = ", ".join(state.throttle_reasons)
+            found.append(f"{state.name} throttled {throttled:.0%} of the time ({reasons}), so its clock is not stable")
+        found += [f"{state.name}: {error}" for error in state.errors]
+    return found
 
 
 def process_cpu_seconds(pid: int, root: Path = _ROOT) -> float | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import process_time
 
 from sparkgauge.records import PHASES, PhaseSeconds
+
+WITHIN_STEPS = frozenset({"feed", "compute", "sync"})
+"""Phases that follow each other in every step. Waiting for the device between them would take away the overlap that is
+measured; their sum is right, since the device is waited for where training begins and ends."""
 
 
 class PhaseClock:
@@ -20,6 +24,8 @@ class PhaseClock:
         self._phase = "launch"
         self._since = time.monotonic() if started is None else started
         self._cpu_since = process_time()
+        self.synchronise: Callable[[], None] = lambda: None
+        """Waits for the device: called before a phase ends, so that what it has queued there is charged to it."""
 
     @property
     def phase(self) -> str:
@@ -28,6 +34,8 @@ class PhaseClock:
 
     def switch(self, phase: str) -> float:
         """Enter ``phase``; return the seconds spent in the one that ends. KeyError for a name not in PHASES."""
+        if phase != self._phase and not {phase, self._phase} <= WITHIN_STEPS:
+            self.synchronise()
         now = time.monotonic()
         spent = now - self._since
         self._seconds[self._phase] += spent

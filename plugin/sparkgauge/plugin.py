@@ -85,12 +85,9 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked ``gpu`` where there is none, with the reason."""
+    """Skip tests marked ``gpu`` where there is none, with the reason; fail with ``--gauge-require gpu``."""
     if item.get_closest_marker("gpu") is not None:
-        from sparkgauge import gpu
-
-        if not gpu.detect():
-            pytest.skip(f"needs a GPU: {gpu.why_none()}")
+        _check_gpu(item.config)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -250,6 +247,18 @@ def _note_crash(session: GaugeSession, report: pytest.TestReport, error: BaseExc
         report.sparkgauge_crashed = True  # type: ignore[attr-defined]
 
 
+def _check_gpu(config: pytest.Config) -> None:
+    from sparkgauge import gpu
+
+    gauge = _session(config).config
+    is_here = gauge.embedded or str(gauge.master).startswith("local-cluster")
+    if is_here and not gpu.detect():
+        why = f"needs a GPU: {gpu.why_none()}"
+        if "gpu" in gauge.required:
+            pytest.fail(f"{why} (--gauge-require gpu)", pytrace=False)
+        pytest.skip(why)
+
+
 def _is_ours(item: pytest.Item) -> bool:
     return not FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
 
@@ -270,7 +279,8 @@ def _session(config: pytest.Config) -> GaugeSession:
         )
         quiet = gauge_config.ci or config.get_verbosity() < 0
         progress = Progress(UncapturedStream(config), enabled=not quiet)
-        config.stash[SESSION] = GaugeSession(gauge_config, config.rootpath, progress)
+        wants_gpus = any(item.get_closest_marker("gpu") for item in config.stash.get(ITEMS, []))
+        config.stash[SESSION] = GaugeSession(gauge_config, config.rootpath, progress, wants_gpus=wants_gpus)
     return config.stash[SESSION]
 
 

@@ -100,6 +100,35 @@ class MachineState:
 
 
 @dataclass(frozen=True)
+class GpuState:
+    """What one GPU of an executor did during a round, sampled ten times a second; None stands for what it hides."""
+
+    name: str
+    uuid: str
+    driver: str
+    samples: int
+    """Of the training phases (feed, compute, sync) where there were any; of the whole round otherwise."""
+    utilisation_fraction: float | None = None
+    """Mean share of the time in which a kernel ran."""
+    sm_clock_mhz: float | None = None
+    sm_clock_least_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+    """The highest."""
+    memory_peak_bytes: int | None = None
+    """The most in use by anybody."""
+    memory_bytes: int | None = None
+    energy_joules: float | None = None
+    """Over the whole round: from the GPU's own counter, or its mean power times the seconds where it has none."""
+    throttled_fraction: float | None = None
+    """Share of all samples with lower clocks for a reason that no workload asks for, such as heat."""
+    throttle_reasons: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    """Uncorrected memory errors (ECC) and critical errors (XID) that came up meanwhile."""
+
+
+@dataclass(frozen=True)
 class ExecutorRecord:
     """One executor's share of a round."""
 
@@ -118,6 +147,8 @@ class ExecutorRecord:
     """User + system CPU time of the Spark executor's JVM meanwhile; None where ``/proc`` does not tell."""
     machine: MachineState | None = None
     """None in records that were made before this was recorded."""
+    gpus: tuple[GpuState, ...] = ()
+    """Of a training on GPUs, where NVIDIA's management library could be asked."""
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import itertools
 import queue
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from sparkgauge.channel import DriverChannel
 from sparkgauge.environment import load_average
-from sparkgauge.errors import ConfigurationError, GaugeError, TrainingError, TrainingTimeout
+from sparkgauge.errors import ConfigurationError, DataError, GaugeError, TrainingError, TrainingTimeout
 from sparkgauge.job import Job, Launched
 from sparkgauge.machine import process_cpu_seconds, reference_seconds
-from sparkgauge.records import CurvePoint, ExecutorRecord, MachineState, PhaseSeconds, Round, from_json
+from sparkgauge.records import CurvePoint, ExecutorRecord, GpuState, MachineState, PhaseSeconds, Round, from_json
+from sparkgauge.recovery import Attempts
 
 POLL_SECONDS = 0.05
 """Between two looks at the Spark job while the executors are silent."""
@@ -72,7 +76,8 @@ def run_round(
     load = load_average()
     cpu = _DriverCpu(spark_context)
     with DriverChannel("127.0.0.1" if job.loopback else "0.0.0.0", advertised_host) as channel:
-        conversation = _Conversation(channel, job, timeout_seconds, on_progress)
+        attempts = Attempts(job, channel, spark_context) if job.recovery is not None else None
+        conversation = _Conversation(channel, job, timeout_seconds, on_progress, attempts)
         spark_job = _SparkJob(spark_context)
         launched = None
         try:
@@ -84,7 +89,7 @@ def run_round(
             )
             conversation.await_results(spark_job.failed, launched.failure)
             channel.broadcast({"kind": "release"})
-            if not spark_job.await_end(conversation.deadline):
+            if not spark_job.await_end(conversation.deadline, conversation.came_back):
                 raise conversation.timeout("the executors' tasks did not end")
         except BaseException:
             spark_job.cancel()
@@ -93,7 +98,10 @@ def run_round(
             if launched is not None:
                 launched.close()
         finished = conversation.round(channel.elapsed(), started_at, load)
-    invalid = finished.invalid or spark_job.retries()
+        conversation.write_files()
+    if attempts is not None:
+        attempts.finish()
+    invalid = "; ".join(filter(None, [finished.invalid, spark_job.retries()]))
     return replace(finished, driver_cpu_seconds=cpu.seconds(), invalid=invalid)
 
 
@@ -113,8 +121,14 @@ class _Conversation:
     """What the executors have said in this round."""
 
     def __init__(
-        self, channel: DriverChannel, job: Job, timeout_seconds: float, on_progress: Callable[[Progress], None]
+        self,
+        channel: DriverChannel,
+        job: Job,
+        timeout_seconds: float,
+        on_progress: Callable[[Progress], None],
+        attempts: Attempts | None = None,
     ) -> None:
+        self._attempts = attempts
         self._channel, self._job, self._on_progress = channel, job, on_progress
         self._timeout_seconds = timeout_seconds
         self.deadline = time.monotonic() + timeout_seconds
@@ -122,13 +136,17 @@ class _Conversation:
         self._results: dict[int, Message] = {}
         self._errors: list[Message] = []
         self._gone: dict[int, str] = {}
+        self._files: dict[str, bytearray] = {}
 
     def pump(self, wait_seconds: float = 0.0) -> None:
         """Handle what has arrived; raises the executors' error or the timeout."""
         self._receive(wait_seconds)
         if self._errors:
             self._await_cause()
+        if self._errors and not self._may_recover():
             raise self._executor_error()
+        if self._attempts is not None and self._gone:
+            self._await_next(self._attempts)
         if time.monotonic() > self.deadline:
             raise self.timeout(f"no result from executor {self._missing()} by then")
 
@@ -165,8 +183,21 @@ class _Conversation:
             load_average=load,
             started_at=started_at,
             metrics=metrics,
-            invalid=_retried_tasks(results),
+            invalid=_retried_tasks(results, self._attempts),
         )
+
+    def write_files(self) -> None:
+        """Write the files that executor 0 handed over, each whole or not at all."""
+        for ending, content in self._files.items() if self._job.save_to else ():
+            write_whole(Path(self._job.save_to + ending), bytes(content))
+
+    def came_back(self) -> bool:
+        """Return whether an executor has come back after the results were in, to do the work again for nobody."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if self._channel.inbox.get_nowait()["kind"] == "hello":
+                    return True
+        return False
 
     def _executor(self, rank: int, runtime_seconds: float) -> ExecutorRecord:
         result = self._results[rank]
@@ -185,6 +216,7 @@ class _Conversation:
             phase_cpu_seconds=None if by_cpu is None else from_json(PhaseSeconds, by_cpu, "an executor's CPU seconds"),
             jvm_cpu_seconds=result.get("jvm_cpu_seconds"),
             machine=None if machine is None else from_json(MachineState, machine, "an executor's machine"),
+            gpus=tuple(from_json(GpuState, one, "an executor's GPU") for one in result.get("gpus", ())),
         )
 
     def _receive(self, wait_seconds: float) -> None:
@@ -195,6 +227,8 @@ class _Conversation:
 
     def _handle(self, message: Message) -> None:
         kind, rank = message["kind"], int(message["rank"])
+        if self._attempts is not None and not self._admit(message, self._attempts):
+            return
         if kind == "hello":
             self._hosts[rank] = str(message["host"])
         elif kind == "progress":
@@ -205,8 +239,37 @@ class _Conversation:
             self._results[rank] = message
         elif kind == "error":
             self._errors.append(message)
+        elif kind == "file" and re.fullmatch(r"[\w.-]+", str(message["ending"])):  # a name, not a path
+            self._files.setdefault(str(message["ending"]), bytearray()).extend(base64.b64decode(message["content"]))
         elif kind == "gone" and rank not in self._results:
             self._gone[rank] = str(message["why"])
+
+    def _admit(self, message: Message, attempts: Attempts) -> bool:
+        """Return whether ``message`` counts: what processes of an earlier attempt say does not."""
+        if message["kind"] != "hello":
+            if belongs := attempts.belongs(message):
+                attempts.handle(message)
+            return belongs
+        if attempts.begins_another(message, bool(self._errors or self._gone)):
+            if attempts.left <= 0:
+                raise self._spark_error("")
+            lost = ", ".join(map(str, self._lost()))
+            attempts.begin(f"executor {lost} was lost" if lost else "an executor was lost")
+            self._results, self._errors, self._gone = {}, [], {}
+        attempts.enter(message)
+        return True
+
+    def _may_recover(self) -> bool:
+        """Return whether the errors may be echoes of a loss after which Spark runs the stage again."""
+        return self._attempts is not None and self._attempts.left > 0 and all(map(_is_echo, self._errors))
+
+    def _await_next(self, attempts: Attempts) -> None:
+        """Raise where no further attempt is coming."""
+        if attempts.used_up:
+            self._await_cause()
+            raise self._spark_error("")
+        if attempts.overdue(bool(self._gone)):
+            raise self._spark_error("No replacement for the executor has come")
 
     def _await_cause(self) -> None:
         """Listen a moment longer while all that was said may come from survivors of what went wrong elsewhere."""
@@ -239,11 +302,17 @@ class _Conversation:
             return TrainingError(
                 f"Executor {lost[0]} ({self._hosts.get(lost[0], 'unknown host')}) was lost during training",
                 executor=lost[0],
-                actual="its process ended without a word (killed, out of memory, or a crash in native code)",
+                actual="its process ended without a word (killed, out of memory, or a crash in native code)"
+                + self._after_retries(),
                 hint="Look at the machine's kernel log for the out-of-memory killer, or raise --gauge-memory",
                 traceback_text=failure,
             )
         return TrainingError("Spark ended the training job", actual=_first_cause(failure), traceback_text=failure)
+
+    def _after_retries(self) -> str:
+        if self._attempts is None or not self._attempts.used_up:
+            return ""
+        return f", and the {self._attempts.number} retries of --gauge-retries are used up"
 
     def _missing(self) -> str:
         return ", ".join(str(rank) for rank in range(self._job.executors) if rank not in self._results)
@@ -261,11 +330,16 @@ class _SparkJob:
         """Return whether a job of the group has failed."""
         return "FAILED" in self._statuses()
 
-    def await_end(self, deadline: float) -> bool:
-        """Return whether no job of the group is running any more by ``deadline``, so that the next finds free slots."""
+    def await_end(self, deadline: float, again: Callable[[], bool] = lambda: False) -> bool:
+        """Return whether no job of the group is running any more by ``deadline``, so that the next finds free slots.
+
+        Where Spark runs the stage ``again``, although all results are in, the job is cancelled.
+        """
         while running := "RUNNING" in self._statuses():
             if time.monotonic() > deadline:
                 break
+            if again():
+                self._context.cancelJobGroup(self.group)
             time.sleep(POLL_SECONDS / 5)
         return not running
 
@@ -308,7 +382,22 @@ class _DriverCpu:
         return None if jvm is None else jvm + time.process_time()
 
 
-def _retried_tasks(results: list[Message]) -> str:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path`` and move it there; DataError where that is impossible."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise DataError("Cannot write", actual=error.strerror or str(error), where=str(path)) from None
+
+
+def _retried_tasks(results: list[Message], attempts: Attempts | None) -> str:
+    if attempts is not None and attempts.notes:
+        return f"retried: {'; '.join(attempts.notes)}"
     tried = [rank for rank, result in enumerate(results) if result.get("attempt", 0) > 0]
     return f"Spark retried the task of executor {', '.join(map(str, tried))}" if tried else ""
 

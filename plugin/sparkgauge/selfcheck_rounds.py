@@ -103,9 +103,11 @@ def run(settings: Settings, stream: Stream) -> selfcheck.SelfCheck:
 
 
 @contextmanager
-def rounds_on_spark(settings: Settings, progress: Progress, *, iterations: int | None = None) -> Iterator[Taker]:
+def rounds_on_spark(
+    settings: Settings, progress: Progress, *, iterations: int | None = None, framework: str | None = None
+) -> Iterator[Taker]:
     """Give what takes rounds on a new cluster, warmed up; the cluster ends with the block."""
-    framework = installed_framework()
+    framework = framework or installed_framework()
     config = _config(settings)
     session = GaugeSession(config, Path.cwd(), progress)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -12,13 +13,13 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sparkgauge import baselines, environment, gpu
+from sparkgauge import baselines, environment, gpu, nvml
 from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
-from sparkgauge.errors import BaselineError, ConfigurationError
+from sparkgauge.errors import BaselineError, ConfigurationError, DataError, MachineError
 from sparkgauge.gate import QUOTIENTS, BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
-from sparkgauge.job import Job
+from sparkgauge.job import Job, Recovery
 from sparkgauge.records import (
     Approval,
     Baseline,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from sparkgauge.against.server import Server
     from sparkgauge.cluster.spark import SparkCluster
     from sparkgauge.data.dataset import Dataset
+    from sparkgauge.data.frames import Frames
+    from sparkgauge.lease import Lease
 
 
 class Timer(Protocol):
@@ -76,18 +79,20 @@ class Timer(Protocol):
         ...
 
 
-PREIMPORTS = (
-    *("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training"),
-    *("torch", "torch.distributed", "sparkgauge.adapters.torch.training"),
-)
-"""What a Python task of an executor finds imported already; modules that are not installed are passed over."""
+PREIMPORTS: Mapping[str, tuple[str, ...]] = {
+    "tensorflow": ("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training"),
+    "torch": ("torch", "torch.distributed", "sparkgauge.adapters.torch.training"),
+    "caffe": ("torch", "torch.distributed", "sparkgauge.adapters.caffe.training"),
+}
+"""What a Python task of an executor finds imported already, by framework; what is not installed is passed over."""
 
 
 class GaugeSession:
     """What all tests of a pytest session share; cluster and data are made when first needed."""
 
-    def __init__(self, config: GaugeConfig, root: Path, progress: Progress) -> None:
-        self.config = config
+    def __init__(self, config: GaugeConfig, root: Path, progress: Progress, *, wants_gpus: bool = False) -> None:
+        """``wants_gpus``: some test trains on GPUs, so that the cluster offers them from the start."""
+        self.config = config.for_gpus(len(gpu.detect()), environment.usable_cores()) if wants_gpus else config
         self.progress = progress
         self.store = BaselineStore(config.baselines_folder)
         self.runs: list[RunRecord] = []
@@ -107,11 +112,17 @@ class GaugeSession:
         """The other side of ``--gauge-against``."""
         self.server: Server | None = None
         """Where this session takes rounds for another one, which asks and judges."""
-        self._root = root
+        self.root = root
         self._cluster: SparkCluster | None = None
-        self._datasets: dict[str | None, Dataset] = {}
+        self._datasets: dict[Any, Dataset] = {}
+        self._frames: list[Frames] = []
+        """DataFrames that are data sets already: they must live as long as what is known of them."""
+        self._told: set[str] = set()
         self._shipped: set[Path] = set()
         self._warm_executors: set[str] = set()
+        self._frameworks: set[str] = set()
+        self._wants_gpus = wants_gpus and (bool(gpu.detect()) or not config.embedded)
+        self._lease: Lease | None = None
         self._ceilings: dict[tuple[int, str], Ceiling] = {}
 
     @cached_property
@@ -132,10 +143,12 @@ class GaugeSession:
     @cached_property
     def commit(self) -> str:
         """Return the git commit of the tests' folder."""
-        return environment.git_commit(self._root)
+        return environment.git_commit(self.root)
 
-    def dataset(self, source: str | None = None) -> Dataset:
+    def dataset(self, source: str | Frames | None = None) -> Dataset:
         """Return the data set of ``source`` (the session's own by default), prepared for executors."""
+        if source is not None and not isinstance(source, str):
+            return self._from_frames(source)
         import pooch
 
         from sparkgauge.data import resolve
@@ -146,15 +159,50 @@ class GaugeSession:
             self._datasets[wanted] = resolve(wanted, cache_dir=cache, progress=not self.config.ci)
         return self._datasets[wanted]
 
+    def data_of(self, workload: Workload) -> Dataset:
+        """Return the data set that ``workload`` trains on, prepared: the session's, or that of a Caffe net."""
+        if workload.plan is None:
+            return self.dataset(workload.data)
+        from sparkgauge.caffe import lmdb_data
+        from sparkgauge.caffe.plan import check_mean
+
+        if workload.plan.lmdb is None:
+            check_mean(workload.plan, (3, 32, 32))
+            return self.dataset(workload.data)
+        import pooch
+
+        dataset = lmdb_data.prepare(workload.plan.lmdb, Path(pooch.os_cache("sparkgauge")))
+        check_mean(workload.plan, lmdb_data.image_shape(dataset))
+        return dataset
+
+    def _from_frames(self, frames: Frames) -> Dataset:
+        """Return the data set of DataFrames, whose rows cross over at the first call."""
+        from sparkgauge.data.frames import materialise
+
+        if frames.key not in self._datasets:
+            cluster = self.cluster()
+            self.progress.message("sparkgauge: reading a DataFrame")
+            folder = cluster.folder / "frames" / uuid.uuid4().hex[:12]
+            self._datasets[frames.key] = materialise(frames, folder, shared=cluster.kind != "external")
+            self._frames.append(frames)
+        return self._datasets[frames.key]
+
     @property
     def resolved(self) -> list[Dataset]:
         """Return the data sets that were used."""
         return list(self._datasets.values())
 
-    def cluster(self) -> SparkCluster:
-        """Return the running cluster, started by the first call; lost executors are waited for."""
+    def cluster(self, *, device: str = "cpu") -> SparkCluster:
+        """Return the running cluster, started by the first call; lost executors are waited for.
+
+        A cluster without GPUs is replaced by one with them when ``device`` is ``gpu``.
+        """
+        if device == "gpu" and self._cluster is not None and not self._cluster.spec.gpus:
+            self.progress.message("sparkgauge: restarting the cluster, with GPUs")
+            self.stop()
+        self._wants_gpus = self._wants_gpus or device == "gpu"
         if self._cluster is None:
-            self._cluster = self._start_cluster()
+            self._cluster = self._start_cluster(device)
         self._cluster.ensure_alive()
         self._warm(self._cluster)
         return self._cluster
@@ -164,18 +212,31 @@ class GaugeSession:
         if self._cluster is not None:
             self._cluster.stop()
             self._cluster, self._warm_executors = None, set()
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
     def prepare(self, workload: Workload) -> None:
         """Start the cluster, prepare the data and load the adapter, where that has not been done."""
-        self.cluster()
-        self.dataset(workload.data)
+        self._frameworks.add(workload.framework)
+        self.cluster(device=workload.device)
+        self.data_of(workload)
         _adapter(workload).prepare()
+        self._tell_superseded(workload)
+
+    def _tell_superseded(self, workload: Workload) -> None:
+        """Say once which fields of a Caffe solver have no effect here."""
+        plan = workload.plan
+        if plan is not None and plan.superseded and plan.name not in self._told:
+            self._told.add(plan.name)
+            fields = ", ".join(plan.superseded)
+            self.progress.message(f"sparkgauge: {plan.name}: no effect here (docs/caffe.md): {fields}")
 
     def run_round(self, workload: Workload, seed: int, index: int, planned: int) -> Round:
         """Return one round of ``workload``; afterwards no task of it is left, however it ended."""
         from sparkgauge.rounds import run_round
 
-        cluster = self.cluster()
+        cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
         job = self._job(cluster, workload, seed)
         try:
@@ -200,7 +261,7 @@ class GaugeSession:
 
         if self.opponent is not None or self.server is not None:
             return ()
-        cluster = self.cluster()
+        cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
         self._measure_ceiling(cluster.spark.sparkContext, workload)
         return time_reference(cluster.spark.sparkContext, workload.executors)
@@ -251,7 +312,7 @@ class GaugeSession:
             found[0], hardware_class="-and-".join([*classes, scheme]), software={**found[0].software, "java": java}
         )
 
-    def _start_cluster(self) -> SparkCluster:
+    def _start_cluster(self, device: str) -> SparkCluster:
         from sparkgauge.cluster.conf import ClusterSpec
         from sparkgauge.cluster.spark import SparkCluster
 
@@ -262,7 +323,9 @@ class GaugeSession:
             executor_memory_mebibytes=config.executor_memory_mib,
             python=sys.executable,
             master=None if config.embedded else config.master,
-            preimport=PREIMPORTS,
+            preimport=self._preimports(),
+            gpus=self._gpu_shares(device) if self._wants_gpus else (),
+            retries=config.retries,
         )
         cluster = SparkCluster.start(spec, self.progress.message)
         try:
@@ -272,15 +335,59 @@ class GaugeSession:
             raise
         return cluster
 
+    def _preimports(self) -> tuple[str, ...]:
+        """Return what executors import ahead: of the frameworks used so far; of all where the master is not ours, since
+        its executors cannot be told later."""
+        external = not self.config.embedded and not str(self.config.master).startswith("local-cluster")
+        wanted = PREIMPORTS if external else sorted(self._frameworks & PREIMPORTS.keys())
+        return tuple(module for framework in wanted for module in PREIMPORTS[framework])
+
+    def _gpu_shares(self, device: str) -> tuple[tuple[str, ...], ...]:
+        """Return the GPUs of each executor, leased for this session; none where a CPU test need not wait for them.
+
+        Of an existing cluster only their number counts, which Spark finds.
+        """
+        config, each = self.config, self.config.gpus_per_executor
+        if not config.embedded and not str(config.master).startswith("local-cluster"):
+            if each < 1:
+                raise ConfigurationError(
+                    "A GPU of an existing cluster cannot be shared",
+                    expected="--gauge-gpus-per-executor of at least 1",
+                    actual=f"{each:g}",
+                )
+            return (("",) * int(each),) * config.executors
+        try:
+            self._lease = self._lease or self._leased(gpu.needed(self._served(), each), waits=device == "gpu")
+        except MachineError as error:
+            if device == "gpu":
+                raise
+            self.progress.message(f"sparkgauge: starting without GPUs: {error.summary}")
+            return ()
+        return gpu.plan(self._lease.addresses, config.executors, each)
+
+    def _leased(self, count: int, *, waits: bool) -> Lease:
+        from sparkgauge import lease
+
+        # two sides of a comparison take turns on the same GPUs
+        shared = self.config.gpus_per_executor < 1 or self.opponent is not None or self.server is not None
+        seconds = lease.WAIT_SECONDS if waits else 0.0
+        return lease.lease(count, shared=shared, wait_seconds=seconds, say=self.progress.message)
+
+    def _served(self) -> int:
+        """Return how many of the executors have GPUs of their own."""
+        config = self.config
+        return gpu.fitting(config.executors, len(gpu.detect()), config.gpus_per_executor)
+
     def _warm(self, cluster: SparkCluster) -> None:
         """Let executors that are new import their frameworks now: no round is to be charged with it."""
         present = {executor.id for executor in cluster.executors}
-        if present != self._warm_executors:
+        if cluster.preimport(self._preimports()) or present != self._warm_executors:
             cluster.warm(self.config.executors)
             self._warm_executors = present
 
     def _job(self, cluster: SparkCluster, workload: Workload, seed: int) -> Job:
-        dataset = self.dataset(workload.data)
+        dataset = self.data_of(workload)
+        check_fits(workload, dataset)
         local = cluster.kind != "external"
         if not local:
             self._ship(cluster, dataset)
@@ -300,7 +407,10 @@ class GaugeSession:
             loopback=local,
             fn=_portable(workload.fn),
             options=dict(workload.options),
+            plan=workload.plan,
+            save_to=workload.save_to,
             injections=self.config.injections,
+            recovery=_recovery(workload, cluster),
         )
 
     def _ship(self, cluster: SparkCluster, dataset: Dataset) -> None:
@@ -348,7 +458,8 @@ class TestGauge:
         """Return a training of the workload that ``keywords`` describe; its rounds are run when first looked at."""
         __tracebackhide__ = True
         session = self.session
-        workload = Workload.from_keywords(keywords, session.config, where=where)
+        folders = (session.root / Path(self.test_id.partition("::")[0]).parent, session.root)
+        workload = Workload.from_keywords(keywords, session.config, where=where, folders=folders)
         self._check_installed(workload)
         training = Training(
             label=pick_label(label, [one.label for one in self.trainings]),
@@ -428,8 +539,23 @@ class TestGauge:
 
     def _check_installed(self, workload: Workload) -> None:
         _adapter(workload).check_installed()
+        if workload.plan is not None and self.session.config.embedded:  # executors elsewhere have packages of their own
+            _adapter(workload).check_engine(workload.plan.engine)
         if workload.device == "gpu":
-            gpu.require(workload.executors)
+            self._check_gpus(workload)
+
+    def _check_gpus(self, workload: Workload) -> None:
+        config = self.session.config
+        if not config.embedded and not str(config.master).startswith("local-cluster"):
+            return  # the GPUs are elsewhere: Spark's resources tell
+        gpu.require(workload.executors, config.gpus_per_executor)
+        served = self.session._served()
+        if 1 < workload.executors <= served < config.executors:
+            raise ConfigurationError(
+                "Some executors of this session share their GPU",
+                expected=f"--gauge-executors {served}, one for each share of the GPUs",
+                actual=f"--gauge-executors {config.executors}, and a test that trains on {workload.executors}",
+            )
 
     def _run(self, training: Training, rounds: int, warmups: int) -> None:
         __tracebackhide__ = True
@@ -490,7 +616,7 @@ class TestGauge:
             label=training.label,
             workload=workload.to_dict(),
             profile=session.config.profile,
-            data=session.dataset(workload.data).identity,
+            data=session.data_of(workload).identity,
             environment=session.environment,
             commit=session.commit,
             rounds=tuple(training.rounds),
@@ -583,6 +709,12 @@ class TestGauge:
                 actual=f"--gauge-inject {dict(self.session.config.injections)}",
                 hint="Run without --gauge-inject.",
             )
+        if nvml.played_devices():
+            raise BaselineError(
+                "Refusing to store a baseline of GPUs that are played",
+                actual=f"{nvml.PLAYED_VARIABLE}={os.environ.get(nvml.PLAYED_VARIABLE)}",
+                hint=f"Run without {nvml.PLAYED_VARIABLE}.",
+            )
         path = self._path()
         fresh = baseline_of(runs, self.session.approval(), more_samples=self._speedups)
         replacement = self._replacement(path, fresh)
@@ -601,6 +733,46 @@ class TestGauge:
         if stored is None or self.session.config.update == "all":
             return baselines.Replacement(path, stored, superseding(stored, fresh))
         return baselines.Replacement(path, stored, with_missing(stored, fresh))
+
+
+def check_fits(workload: Workload, dataset: Dataset) -> None:
+    """Raise DataError where a built-in model cannot be trained on ``dataset``, or it went with its cluster."""
+    from sparkgauge.data.dataset import CLASS_COUNT, IMAGE_SHAPE
+
+    if workload.data is None or isinstance(workload.data, str):
+        return
+    if not dataset.folder.exists():
+        raise DataError(
+            "The rows of a DataFrame went with the cluster that held them",
+            expected="the Spark session that the DataFrame was made with",
+            actual="another one, started after a failure",
+            hint="Make the DataFrame anew from the fixture spark_session.",
+        )
+    if workload.fn is None and (workload.data.image_shape != IMAGE_SHAPE or dataset.class_count > CLASS_COUNT):
+        raise DataError(
+            f"Model {workload.model!r} does not fit the DataFrame",
+            expected=f"images of shape {IMAGE_SHAPE} and labels below {CLASS_COUNT}",
+            actual=f"shape {workload.data.image_shape} and labels up to {dataset.class_count - 1}",
+            hint="Train a function of your own with fn=.",
+        )
+
+
+def _recovery(workload: Workload, cluster: SparkCluster) -> Recovery | None:
+    """Return how a round outlives a lost executor; its checkpoints get a folder of their own."""
+    if not workload.retries and workload.checkpoint_every is None:
+        return None
+    if workload.checkpoint_every is None:
+        return Recovery(workload.retries, None, "")
+    if workload.checkpoint_folder is None and cluster.kind == "external":
+        raise ConfigurationError(
+            "Checkpoints of executors on other machines need a place",
+            expected="checkpoint_folder= with a folder that all machines share, or a URI such as hdfs://...",
+            actual="nothing",
+        )
+    parent = workload.checkpoint_folder or str(cluster.folder / "checkpoints")
+    if "://" not in parent:
+        parent = os.path.abspath(parent)
+    return Recovery(workload.retries, workload.checkpoint_every, f"{parent.rstrip('/')}/round-{uuid.uuid4().hex[:12]}")
 
 
 def _capture_there(index: int) -> Any:

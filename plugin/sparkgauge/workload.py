@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparkgauge import config as values
 from sparkgauge.config import GaugeConfig
+from sparkgauge.data.dataset import IMAGE_SHAPE
+from sparkgauge.data.frames import Frames, is_frame
 from sparkgauge.errors import ConfigurationError
+from sparkgauge.models.caffe import SOLVERS as CAFFE_SOLVERS
+from sparkgauge.models.caffe import path as caffe_solver
 from sparkgauge.models.cifar10 import RECIPES
+
+if TYPE_CHECKING:
+    from sparkgauge.caffe.plan import Plan
 
 ENTRY_POINT_GROUP = "sparkgauge.models"
 """Users register their own ``fit(context, shard)`` under a name here."""
@@ -28,21 +36,25 @@ class FrameworkSpec:
     """A framework this package knows by name."""
 
     models: tuple[str, ...]
-    module: str | None
-    """Its adapter; None for a name that is reserved for a later version."""
+    module: str
+    """Its adapter."""
     launchers: tuple[str, ...] = ("default",)
     """Ways to start it on Spark, the usual one first."""
 
 
 FRAMEWORKS: dict[str, FrameworkSpec] = {
     "tensorflow": FrameworkSpec(models=("cifar10_quick", "cifar10_tutorial"), module="sparkgauge.adapters.tensorflow"),
-    "caffe": FrameworkSpec(models=("cifar10_quick",), module=None),
+    "caffe": FrameworkSpec(models=tuple(CAFFE_SOLVERS), module="sparkgauge.adapters.caffe"),
     "torch": FrameworkSpec(
         models=("cifar10_quick", "cifar10_full", "cifar10_tutorial", "resnet20", "speedrun"),
         module="sparkgauge.adapters.torch",
         launchers=("barrier", "torchdistributor"),
     ),
 }
+
+
+RECOVERABLE = (("torch", "barrier"),)
+"""Framework and launcher whose stage Spark can run again, and whose trainings write checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -95,28 +107,48 @@ class Workload:
     speedup_margin_fraction: float
     accuracy_margin_fraction: float
     timeout_seconds: float
-    data: str | None = None
-    """Overrides the session's data (same values as ``--gauge-data``)."""
+    data: str | Frames | None = None
+    """Overrides the session's data (same values as ``--gauge-data``), or DataFrames to train and test on."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the user's function as ``context.options``."""
     fn: Fit | None = None
     """The user's ``fit(context, shard)``; None trains a built-in model."""
     launcher: str = "default"
     """How the framework is started on Spark; see ``FrameworkSpec.launchers``."""
+    plan: Plan | None = None
+    """With framework caffe: the solver, its nets and the engine."""
+    save_to: str = ""
+    """With framework caffe: what the names of the saved weights and states begin with; empty for none."""
+    retries: int = 0
+    """Times that a round may go on after an executor was lost; 0 where the framework's launcher cannot."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; None writes none."""
+    checkpoint_folder: str | None = None
+    """Where checkpoints go: a folder that all executors see, or a URI such as ``hdfs://...``; None for the cluster's
+    own folder."""
 
     @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any], config: GaugeConfig, *, where: str = "gauge(...)") -> Workload:
+    def from_keywords(
+        cls,
+        keywords: Mapping[str, Any],
+        config: GaugeConfig,
+        *,
+        where: str = "gauge(...)",
+        folders: Sequence[Path] = (),
+    ) -> Workload:
         """Return the workload of ``keywords``, completed from ``config`` and its profile.
 
-        A keyword wins over ini file and profile, an option on the command line over the keyword. ConfigurationError
-        names an unknown keyword or a bad value, what is allowed, and ``where`` it stands.
+        A keyword wins over ini file and profile, an option on the command line over the keyword. Relative paths are
+        looked for in ``folders``. ConfigurationError names an unknown keyword or a bad value, what is allowed, and
+        ``where`` it stands.
         """
         reader = _Reader(keywords, config, where)
         profile = PROFILE_SPECS[config.profile]
         framework, model, fn = reader.training()
         executors = reader.executors()
-        batch_size = reader.batch_size(model, executors)
-        iterations, epochs = reader.length(model, profile)
+        plan = reader.plan(framework, model, executors, [Path(folder) for folder in folders] or [Path.cwd()])
+        batch_size = reader.batch_size(model, executors, plan)
+        iterations, epochs = reader.length(model, profile, plan)
         return cls(
             framework=framework,
             model=model,
@@ -127,7 +159,7 @@ class Workload:
             epochs=epochs,
             iterations=iterations,
             batch_size=batch_size,
-            test_every=reader.test_every(model),
+            test_every=reader.test_every(model, plan),
             rounds=reader.setting("rounds", _count, config.rounds or profile.rounds),
             warmup_rounds=reader.value("warmup_rounds", _count_from_zero, profile.warmup_rounds),
             seed=reader.setting("seed", _seed, config.seed),
@@ -135,9 +167,12 @@ class Workload:
             speedup_margin_fraction=reader.setting("speedup_margin", values.percent, config.speedup_margin_fraction),
             accuracy_margin_fraction=reader.setting("accuracy_margin", values.points, config.accuracy_margin_fraction),
             timeout_seconds=reader.setting("timeout", values.seconds, config.timeout_seconds),
-            data=reader.value("data", _text, None),
+            data=reader.data(),
             options=reader.value("options", _options, {}),
             launcher=reader.launcher(framework),
+            plan=plan,
+            save_to=reader.save_to(folders),
+            **reader.recovery(framework),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,6 +187,9 @@ class Workload:
             "options": dict(self.options),
             "function": _function_name(self.fn),
             **({} if usual else {"launcher": self.launcher}),
+            **({} if self.plan is None else {"engine": self.plan.engine, "solver": self.plan.digest}),
+            # writing them takes time; how often a lost executor is made up for does not
+            **({} if self.checkpoint_every is None else {"checkpoint_every": self.checkpoint_every}),
         }
 
 
@@ -160,6 +198,9 @@ _IDENTITY = (
     *("epochs", "iterations", "batch_size", "test_every"),
 )
 
+
+CAFFE_KEYWORDS = ("engine", "solver", "weights", "snapshot", "save_to", "passes")
+"""Those that only framework caffe takes."""
 
 KEYWORDS = (
     "framework",
@@ -179,8 +220,16 @@ KEYWORDS = (
     "accuracy_margin",
     "timeout",
     "data",
+    "test_data",
+    "test_fraction",
+    "image_column",
+    "label_column",
+    "image_shape",
     "options",
     "launcher",
+    *CAFFE_KEYWORDS,
+    "checkpoint_every",
+    "checkpoint_folder",
 )
 """Every keyword of the ``gauge`` marker and of ``train(...)``."""
 
@@ -224,16 +273,77 @@ class _Reader:
     def training(self) -> tuple[str, str, Fit | None]:
         """Return framework, model name and the user's function, if any."""
         framework = self.choice("framework", tuple(FRAMEWORKS), DEFAULT_FRAMEWORK)
-        if FRAMEWORKS[framework].module is None:
-            shipped = ", ".join(name for name, spec in FRAMEWORKS.items() if spec.module)
-            summary, expected = f"Framework {framework!r} is not available yet", f"this version ships: {shipped}"
-            raise self._error(summary, expected, framework)
+        if framework == "caffe":
+            return framework, self._caffe_model(), None
+        for name in CAFFE_KEYWORDS:
+            if name in self._keywords:
+                raise self._error(f"{name} belongs to framework 'caffe'", "framework='caffe'", framework)
         if "fn" in self._keywords:
             return framework, CUSTOM_MODEL, self._callable("fn", self._keywords["fn"])
         built_in = FRAMEWORKS[framework].models
         if self._keywords.get("model") in built_in:
             return framework, self._keywords["model"], None
         return self._registered(framework, built_in)
+
+    def _caffe_model(self) -> str:
+        given = [name for name in ("model", "solver") if name in self._keywords]
+        if "fn" in self._keywords or len(given) != 1:
+            actual = " and ".join([*given, *(["fn"] if "fn" in self._keywords else [])]) or "neither"
+            expected = f"solver= with a file, or model= one of {', '.join(CAFFE_SOLVERS)}"
+            raise self._error("Framework 'caffe' trains a solver file", expected, actual)
+        if given == ["solver"]:
+            return Path(self.value("solver", _path, "")).stem
+        return self.choice("model", tuple(CAFFE_SOLVERS), "")
+
+    def plan(self, framework: str, model: str, executors: int, folders: Sequence[Path]) -> Plan | None:
+        """Return what a training of a Caffe net needs, read from its files; None for another framework."""
+        if framework != "caffe":
+            return None
+        from sparkgauge.caffe import require_protobuf
+
+        require_protobuf()
+        from sparkgauge.caffe.plan import ENGINES, read_plan
+
+        engine = self.choice("engine", ENGINES, ENGINES[0])
+        if engine == "caffe" and self.choice("device", DEVICES, "cpu") == "gpu":
+            raise self._error("Engine 'caffe' trains on the CPU only", "device='cpu', or engine='torch'", "gpu")
+        own = "solver" in self._keywords
+        files = {name: self._file(name, folders) for name in ("weights", "snapshot")}
+        plan = read_plan(
+            self._file("solver", folders) or caffe_solver(model),
+            engine=engine,
+            folders=folders,
+            weights_file=files["weights"],
+            state_file=files["snapshot"],
+            model=None if own else model,
+            passes=self._passes(executors),
+        )
+        if plan.lmdb is not None and "data" in self._keywords:
+            raise self._error("The net names its own data", f"no data=: it reads {plan.lmdb.train}", "data=")
+        return plan
+
+    def _passes(self, executors: int) -> int:
+        passes = int(self.value("passes", _count, 1))
+        if passes > 1 and (passes % executors or self._keywords.get("device") == "gpu"):
+            expected = f"a multiple of {executors}, the executors, on the CPU"
+            raise self._error("Bad value for passes", expected, passes)
+        return passes
+
+    def _file(self, name: str, folders: Sequence[Path]) -> Path | None:
+        """Return the file that keyword ``name`` gives, in the first of ``folders`` that has it; None without it."""
+        value = self.value(name, _path, None)
+        if value is None:
+            return None
+        candidates = [folder / Path(value).expanduser() for folder in folders]
+        found = next((path for path in candidates if path.is_file()), None)
+        if found is None:
+            raise self._error(f"{name} names no file", " or ".join(map(str, dict.fromkeys(candidates))), value)
+        return found
+
+    def save_to(self, folders: Sequence[Path]) -> str:
+        """Return the absolute path that the names of saved files begin with; empty where none are saved."""
+        value = self.value("save_to", _path, "")
+        return str((Path(folders[-1]) if folders else Path.cwd()) / Path(value).expanduser()) if value else ""
 
     def _registered(self, framework: str, built_in: tuple[str, ...]) -> tuple[str, str, Fit]:
         name = self._keywords.get("model")
@@ -263,6 +373,35 @@ class _Reader:
             raise self._error(f"Framework {framework!r} has one launcher", expected, self._keywords["launcher"])
         return self.choice("launcher", launchers, launchers[0])
 
+    def data(self) -> str | Frames | None:
+        """Return the data's name, or the DataFrames with how they are to be read."""
+        frame = self._keywords.get("data")
+        if not is_frame(frame):
+            for name in ("test_data", "test_fraction", "image_column", "label_column", "image_shape"):
+                if name in self._keywords:
+                    expected = "data= with a DataFrame as well"
+                    raise self._error(f"{name}= belongs to a DataFrame", expected, self._keywords[name])
+            return self.value("data", _text, None)  # type: ignore[no-any-return]
+        test, fraction = self.value("test_data", _frame, None), self.value("test_fraction", _fraction, None)
+        if (test is None) == (fraction is None):
+            actual = "neither" if test is None else "both"
+            raise self._error("A DataFrame needs a test set", "test_data= with another, or test_fraction=", actual)
+        columns = (self.value("image_column", _text, "image"), self.value("label_column", _text, "label"))
+        return Frames(frame, test, fraction, *columns, self.value("image_shape", _shape, IMAGE_SHAPE))
+
+    def recovery(self, framework: str) -> dict[str, Any]:
+        """Return retries and checkpoints; only stages that Spark may run again have any."""
+        able = (framework, self.launcher(framework)) in RECOVERABLE
+        every = self.value("checkpoint_every", _count, None)
+        folder = self.value("checkpoint_folder", _text, None)
+        if (every is not None or folder is not None) and not able:
+            expected = " or ".join(f"framework {name!r} with launcher {launcher!r}" for name, launcher in RECOVERABLE)
+            raise self._error("Checkpoints are not written here", expected, f"framework {framework!r}")
+        if folder is not None and every is None:
+            raise self._error("A checkpoint folder without checkpoints", "checkpoint_every= as well", folder)
+        retries = self._config.retries if able else 0
+        return {"retries": retries, "checkpoint_every": every, "checkpoint_folder": folder}
+
     def executors(self) -> int:
         """Return the executors to train on, no more than the cluster has."""
         available = self._config.executors
@@ -272,30 +411,50 @@ class _Reader:
             raise self._error("Bad value for executors", f"at most the cluster's {available}", executors, hint)
         return executors
 
-    def batch_size(self, model: str, executors: int) -> int:
+    def batch_size(self, model: str, executors: int, plan: Plan | None) -> int:
         """Return the global batch, at least one image per executor."""
         default = RECIPES[model].global_batch if model in RECIPES else DEFAULT_CUSTOM_BATCH
-        size = int(self.value("batch_size", _count, max(default, executors)))
+        default = max(default, executors) if plan is None else plan.batch
+        size = int(self.value("batch_size", _count, default))
+        if self._config.batch == "per-executor":
+            return size * executors
         if size < executors:
             expected = f"at least one image for each of {executors} executors"
             raise self._error("Bad value for batch_size", expected, size)
         return size
 
-    def length(self, model: str, profile: ProfileSpec) -> tuple[int | None, float | None]:
+    def length(self, model: str, profile: ProfileSpec, plan: Plan | None) -> tuple[int | None, float | None]:
         """Return iterations and epochs, of which at most one is set."""
         iterations, epochs = self.value("iterations", _count, None), self.value("epochs", _epochs, None)
         if iterations is not None and epochs is not None:
             actual = f"iterations={iterations} and epochs={epochs}"
             raise self._error("Two lengths of training", "either iterations or epochs", actual)
+        if plan is not None:
+            return self._caffe_length(iterations, epochs, profile, plan)
         if iterations is None and epochs is None:
             iterations = profile.iterations or full_iterations(model)
             if self._config.profile == "ci":
                 iterations = CI_ITERATIONS.get(model, iterations)
         return iterations, epochs
 
-    def test_every(self, model: str) -> int | None:
+    def _caffe_length(
+        self, iterations: int | None, epochs: float | None, profile: ProfileSpec, plan: Plan
+    ) -> tuple[int | None, float | None]:
+        """Return the solver's own length in profile full, else the profile's, never beyond the solver's."""
+        if plan.remaining < 1:
+            actual = f"a snapshot of iteration {plan.first_iteration}, max_iter {plan.max_iter}"
+            raise self._error("Nothing is left to train", "a snapshot from before max_iter", actual)
+        if iterations is not None and iterations > plan.remaining:
+            hint = "Raise max_iter: what the learning rate would be beyond it, the solver does not say."
+            raise self._error("Bad value for iterations", f"at most {plan.remaining}, the solver's", iterations, hint)
+        if iterations is None and epochs is None:
+            iterations = min(profile.iterations or plan.remaining, plan.remaining)
+        return iterations, epochs
+
+    def test_every(self, model: str, plan: Plan | None) -> int | None:
         """Return the steps between tests: the recipe's in profile full, else only the one at the end."""
-        reference = RECIPES[model].test_every if self._config.profile == "full" and model in RECIPES else None
+        own = plan.test_interval if plan is not None else RECIPES[model].test_every if model in RECIPES else None
+        reference = own if self._config.profile == "full" else None
         found: int | None = self.value("test_every", _count, reference)
         return found
 
@@ -341,6 +500,30 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigurationError(f"Bad value for {name}", expected="a text that is not empty", actual=repr(value))
     return value
+
+
+def _path(value: Any, name: str) -> str:
+    return _text(str(value) if isinstance(value, Path) else value, name)
+
+
+def _frame(value: Any, name: str) -> Any:
+    if not is_frame(value):
+        raise ConfigurationError(f"Bad value for {name}", expected="a Spark DataFrame", actual=repr(value))
+    return value
+
+
+def _fraction(value: Any, name: str) -> float:
+    expected = "a share of the rows between 0 and 1, e.g. 0.2"
+    if isinstance(value, str) or not 0 < (result := values.number(value, name, expected)) < 1:
+        raise ConfigurationError(f"Bad value for {name}", expected=expected, actual=repr(value))
+    return result
+
+
+def _shape(value: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 3:
+        expected = "one to three whole numbers, e.g. (28, 28, 1)"
+        raise ConfigurationError(f"Bad value for {name}", expected=expected, actual=repr(value))
+    return tuple(_count(number, name) for number in value)
 
 
 def _options(value: Any, name: str) -> dict[str, Any]:

@@ -25,7 +25,11 @@ from sparkgauge.session import PREIMPORTS, GaugeSession, _portable
 from sparkgauge.workload import Workload
 
 SPEC = ClusterSpec(
-    executors=2, cores_per_executor=1, executor_memory_mebibytes=512, python=sys.executable, preimport=PREIMPORTS
+    executors=2,
+    cores_per_executor=1,
+    executor_memory_mebibytes=512,
+    python=sys.executable,
+    preimport=(*PREIMPORTS["tensorflow"], *PREIMPORTS["torch"]),
 )
 
 TRAIN_COUNT, TEST_COUNT = 1001, 203

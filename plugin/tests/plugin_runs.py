@@ -147,9 +147,9 @@ class Finished:
 
     @cached_property
     def junit(self) -> dict[str, ElementTree.Element]:
-        """Return JUnit's elements by the test's name."""
+        """Return JUnit's elements by the test's name; pytest gives none to a test that was interrupted."""
         tree = ElementTree.parse(self.folder / "junit.xml")
-        return {case.attrib["name"]: case for case in tree.iter("testcase")}
+        return {case.attrib["name"]: case for case in tree.iter("testcase") if "name" in case.attrib}
 
     def leftovers(self) -> list[watchdog.Process]:
         """Return the processes of the session's clusters that still run."""

@@ -67,7 +67,7 @@ def fit(context, shard):
         context.record_test(tested // 2, tested)
 
 
-@pytest.mark.gauge(fn=fit, iterations=3)
+@pytest.mark.gauge(framework="torch", fn=fit, iterations=3)
 def test_gated(trained, baseline):
     assert trained.accuracy >= baseline.accuracy
     assert trained.runtime <= baseline.runtime
@@ -75,14 +75,14 @@ def test_gated(trained, baseline):
 
 ONLY_THERE = """
 
-@pytest.mark.gauge(fn=fit, iterations=3)
+@pytest.mark.gauge(framework="torch", fn=fit, iterations=3)
 def test_gone(trained, baseline):
     assert trained.runtime <= baseline.runtime
 """
 
 ONLY_HERE = """
 
-@pytest.mark.gauge(fn=fit, iterations=2, rounds=1)
+@pytest.mark.gauge(framework="torch", fn=fit, iterations=2, rounds=1)
 def test_new(trained, baseline):
     assert trained.runtime <= baseline.runtime
 """

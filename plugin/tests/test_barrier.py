@@ -102,6 +102,11 @@ def test_dynamic_allocation_is_refused(value: str) -> None:
         barrier.refuse_dynamic_allocation(_Settings(value))
 
 
+def test_a_gpu_training_without_gpus_is_refused(trainings: Any) -> None:
+    with pytest.raises(TrainingError, match="device='gpu' was asked for, but Spark gave this executor no GPU"):
+        _run(trainings, trains, device="gpu")
+
+
 def test_a_port_that_is_taken_is_named_with_who_wanted_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -158,6 +158,24 @@ def test_attached_images_give_the_same_step() -> None:
     close(first.parameters(), second.parameters(), rtol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
+@pytest.mark.parametrize("summed", [False, True])
+def test_captured_steps_on_a_gpu_equal_those_on_the_cpu(summed: bool) -> None:
+    def keep(flat: Any) -> None:
+        """Sum over one executor."""
+
+    keep.on_device = True  # type: ignore[attr-defined]
+    first, second, (images, labels) = engine(), engine(device="cuda"), batch(40)
+    second.attach(images, labels)
+    for step in range(12):
+        chosen = np.random.default_rng(step).permutation(40)[: 8 if step % 3 else 5]
+        loss = second.start_step_at(chosen, global_batch=len(chosen), reduce=keep if summed else None)
+        wanted = first.step(images[chosen], labels[chosen], global_batch=len(chosen))
+        assert float(loss) == pytest.approx(wanted, rel=1e-3)
+    close(first.parameters(), second.parameters(), rtol=1e-3)
+    assert second.test(images, labels).correct == first.test(images, labels).correct
+
+
 def test_the_same_seed_gives_the_same_weights_on_every_rank() -> None:
     close(engine(rank=0).parameters(), engine(rank=1).parameters(), rtol=0)
     assert not np.array_equal(engine(seed=1).parameters()["ip"][0], engine(seed=2).parameters()["ip"][0])

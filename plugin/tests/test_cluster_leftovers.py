@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.spark import SparkCluster
 
 ending, answer = sys.argv[1:]
-cluster = SparkCluster.start(ClusterSpec(1, 1, 512, sys.executable))
+cluster = SparkCluster.start(ClusterSpec(1, 1, 512, sys.executable, start_timeout_seconds=240))
 
 def train(rows):
     # What frameworks do: a helper process of its own session; this one even drops our environment.
@@ -55,6 +56,9 @@ if ending in ("interrupt", "terminate", "kill"):
     time.sleep(600)
 """
 
+START_SECONDS = 240
+"""Far above what five clusters that start at once take."""
+
 SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}
 STATUS = {
     "normal": 0,
@@ -65,20 +69,26 @@ STATUS = {
 }
 
 
-@pytest.mark.parametrize("ending", ["normal", "exception", "interrupt", "terminate", "kill"])
-def test_nothing_outlives_the_process(ending: str, tmp_path: Path) -> None:
-    answer = tmp_path / "answer.json"
-    process = _start(ending, answer)
-    try:
-        assert standalone.wait_until(lambda: answer.exists() or process.poll() is not None, 120)
-        assert answer.exists(), (tmp_path / "output").read_text()
-        if ending in SIGNALS:
-            process.send_signal(SIGNALS[ending])
-        assert process.wait(60) == STATUS[ending]
-        _check(json.loads(answer.read_text()), at_once=ending in ("normal", "exception", "interrupt"))
-    finally:
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+    """Return a process with a cluster of its own, and where it answers, for every ending: all at once, to save time."""
+    answers = {ending: tmp_path_factory.mktemp(ending) / "answer.json" for ending in STATUS}
+    processes = {ending: (_start(ending, answer), answer) for ending, answer in answers.items()}
+    yield processes
+    for process, _ in processes.values():
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("ending", list(STATUS))
+def test_nothing_outlives_the_process(ending: str, started: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
+    process, answer = started[ending]
+    assert standalone.wait_until(lambda: answer.exists() or process.poll() is not None, START_SECONDS)
+    assert answer.exists(), (answer.parent / "output").read_text()
+    if ending in SIGNALS:
+        process.send_signal(SIGNALS[ending])
+    assert process.wait(60) == STATUS[ending]
+    _check(json.loads(answer.read_text()), at_once=ending in ("normal", "exception", "interrupt"))
 
 
 def _start(ending: str, answer: Path) -> subprocess.Popen[bytes]:

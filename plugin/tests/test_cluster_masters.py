@@ -136,6 +136,26 @@ def test_early_imports_survive_what_cannot_be_imported(tmp_path: Path, monkeypat
     assert daemon.preimport("") == []
 
 
+def test_later_imports_happen_once_and_in_the_daemon_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("gauge_one", "gauge_two"):
+        (tmp_path / f"{name}.py").write_text("")
+    wanted = tmp_path / "wanted"
+    later = daemon.Later(str(wanted))
+    later.import_new()  # no file yet
+    wanted.write_text("gauge_one\n")
+    later.import_new()
+    assert "gauge_one" in sys.modules and "gauge_two" not in sys.modules
+    del sys.modules["gauge_one"]
+    wanted.write_text("gauge_one\ngauge_two\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        later.import_new()
+    assert "gauge_two" not in sys.modules
+    later.import_new()
+    assert "gauge_two" in sys.modules and "gauge_one" not in sys.modules
+
+
 def test_early_imports_cannot_disturb_the_handshake(tmp_path: Path) -> None:
     (tmp_path / "gauge_noisy.py").write_text("import os\nprint('python')\nos.write(1, b'descriptor')\n")
     script = "from sparkgauge.cluster import daemon; daemon.preimport('gauge_noisy'); print('port')"

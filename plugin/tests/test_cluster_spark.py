@@ -78,6 +78,7 @@ def test_tasks_run_one_per_executor_in_fresh_processes_with_modules_imported_ahe
             os.environ["OMP_NUM_THREADS"],
             sys.executable,
             folder,
+            "rlcompleter" in sys.modules,
         )
 
     assert cluster.warm(2) > 0
@@ -85,7 +86,10 @@ def test_tasks_run_one_per_executor_in_fresh_processes_with_modules_imported_ahe
     assert len({row[1] for row in first}) == 2
     assert {row[1] for row in first} == {row[1] for row in second}
     assert len({row[0] for row in first + second}) == 4
-    assert {row[2:] for row in first} == {(True, "1", sys.executable, str(cluster.folder / "tmp"))}
+    assert {row[2:] for row in first} == {(True, "1", sys.executable, str(cluster.folder / "tmp"), False)}
+    assert cluster.preimport(["colorsys", "rlcompleter"])  # one is new
+    assert not cluster.preimport(["colorsys", "rlcompleter"])
+    assert {row[6] for row in run(cluster, look)} == {True}
 
 
 def test_more_executors_than_there_are_is_said_at_once(cluster: SparkCluster) -> None:

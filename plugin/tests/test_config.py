@@ -371,3 +371,15 @@ def test_this_machine_is_measured_when_nothing_is_given() -> None:
     built = GaugeConfig.build(lambda name: None, lambda name: "", {})
     assert built.executors in (1, 2)
     assert built.baselines_folder == Path.cwd() / "baselines"
+
+
+def test_retries_are_none_by_default_and_may_stand_in_the_ini_file() -> None:
+    assert build().retries == 0
+    assert build({"retries": "0"}, ini={"retries": "2"}).retries == 0
+    assert build(ini={"retries": "100"}).retries == 100
+
+
+@pytest.mark.parametrize("retries", ["-1", "101", "1.5", "two", ""])
+def test_bad_retries_are_refused(retries: str) -> None:
+    with pytest.raises(ConfigurationError, match="--gauge-retries: expected a whole number from 0 to 100"):
+        build({"retries": retries})

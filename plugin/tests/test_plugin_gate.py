@@ -32,7 +32,7 @@ def fit(context, shard):
     return {"answer": 42.0}
 
 
-@pytest.mark.gauge(fn=fit, iterations=3, rounds=3)
+@pytest.mark.gauge(framework="torch", fn=fit, iterations=3, rounds=3)
 def test_gated(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
@@ -40,8 +40,8 @@ def test_gated(trained, baseline):
 
 
 def test_two(train, baseline):
-    slow = train(fn=fit, iterations=3, options={"step_seconds": 0.3}, label="slow", rounds=3)
-    quick = train(fn=fit, iterations=3, label="quick", rounds=3)
+    slow = train("torch", fn=fit, iterations=3, options={"step_seconds": 0.3}, label="slow", rounds=3)
+    quick = train("torch", fn=fit, iterations=3, label="quick", rounds=3)
     assert quick.rounds == slow.rounds == []
     assert speedup(quick, over=slow) >= baseline.speedup
     started = sorted((one.started_at, run.label) for run in (slow, quick) for one in run.rounds[:3])
@@ -49,7 +49,7 @@ def test_two(train, baseline):
     assert quick.accuracy >= baseline["quick"].accuracy
 
 
-@pytest.mark.gauge(fn=fit, iterations=2, rounds=1)
+@pytest.mark.gauge(framework="torch", fn=fit, iterations=2, rounds=1)
 def test_not_gated(trained):
     assert float(trained.accuracy) == 0.5
     assert trained.record.rounds[0].metrics == {"answer": 42.0}
@@ -61,7 +61,7 @@ from test_gated import fit
 
 
 def gated(**changes):
-    return pytest.mark.gauge(**{"fn": fit, "iterations": 3, "rounds": 2, **changes})
+    return pytest.mark.gauge(**{"framework": "torch", "fn": fit, "iterations": 3, "rounds": 2, **changes})
 
 
 @gated(rounds=1)
@@ -116,7 +116,7 @@ import pytest
 from test_gated import fit
 
 
-@pytest.mark.gauge(fn=fit, iterations=2, rounds=1)
+@pytest.mark.gauge(framework="torch", fn=fit, iterations=2, rounds=1)
 def test_fresh(trained, baseline):
     assert trained.runtime <= baseline.runtime
 """

@@ -21,7 +21,7 @@ import pytest
 BAD = {
     "unknown_keyword": dict(framework="tensorflow", model="cifar10_quick", batchsize=100),
     "unknown_framework": dict(framework="tensorfow", model="cifar10_quick"),
-    "reserved_framework": dict(framework="caffe", model="cifar10_quick"),
+    "foreign_keyword": dict(framework="torch", model="cifar10_quick", solver="solver.prototxt"),
     "unknown_model": dict(framework="tensorflow", model="cifar10_quik"),
     "no_model": dict(framework="tensorflow"),
     "unknown_device": dict(model="cifar10_quick", device="tpu"),
@@ -147,7 +147,7 @@ def test_bad_keywords_are_named(project: Project, tmp_path: Path) -> None:
     expected = {
         "unknown_keyword": ["Unknown keyword 'batchsize', did you mean 'batch_size'?"],
         "unknown_framework": ["Unknown framework, did you mean 'tensorflow'?", "one of tensorflow, caffe, torch"],
-        "reserved_framework": ["Framework 'caffe' is not available yet", "this version ships: tensorflow"],
+        "foreign_keyword": ["solver belongs to framework 'caffe'"],
         "unknown_model": ["Unknown model, did you mean 'cifar10_quick'?", "cifar10_tutorial"],
         "no_model": ["No model given", "or fn= with a function"],
         "unknown_device": ["Unknown device", "one of cpu, gpu", "got tpu"],

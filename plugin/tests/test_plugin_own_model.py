@@ -95,8 +95,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_every_code_block_is_a_file_or_an_entry_point() -> None:
     assert sorted(_files()) == [
-        *("my_linear", "my_module", "my_training", "sketch"),
-        *("test_my_linear", "test_my_module", "test_my_training"),
+        *("my_checkpointed", "my_linear", "my_module", "my_training", "sketch"),
+        *("test_my_checkpointed", "test_my_linear", "test_my_module", "test_my_training"),
     ]
     for name, text in _files().items():
         compile(text, name, "exec")
@@ -104,9 +104,8 @@ def test_every_code_block_is_a_file_or_an_entry_point() -> None:
 
 
 def test_the_documented_models_train_and_are_gated(finished: Finished) -> None:
-    assert finished.passed("test_my_network", "test_my_network_on_one_executor", "test_linear", "test_my_module"), (
-        finished.output
-    )
+    models = ("test_my_network", "test_my_network_on_one_executor", "test_linear", "test_my_module")
+    assert finished.passed(*models, "test_my_checkpointed"), finished.output
     assert finished.report("test_my_network").properties["gauge_parameters"].startswith("match: parameters 17,386")
 
 

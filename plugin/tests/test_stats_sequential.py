@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparkgauge.errors import ConfigurationError, NotMeasuredError
 from sparkgauge.stats import Margin, Plan, SequentialComparison, settle_many
-from sparkgauge.stats.sequential import spending_levels
+from sparkgauge.stats.sequential import FIRST_LOOK_PAIRS, spending_levels
 
 PLAN = Plan(Margin(0.05), 0.01, 6, 80)
 MIRROR = {"regressed": "improved", "improved": "regressed"}
@@ -70,7 +70,7 @@ def test_a_clear_case_is_decided_early(ratio: float, expected: str) -> None:
     generator = np.random.default_rng(2)
     before, after = np.exp(generator.normal(0.0, 0.01, size=(2, 80)))
     comparison = settle(before, after * ratio)
-    assert comparison.status == expected and comparison.decided and comparison.pairs <= 8
+    assert (comparison.status, comparison.pairs) == (expected, FIRST_LOOK_PAIRS)
     assert comparison.interval.low < ratio < comparison.interval.high
     assert comparison.min_detectable < 0.1
 
@@ -84,8 +84,10 @@ def test_it_is_open_between_looks_and_inconclusive_at_the_end() -> None:
 
 
 def test_identical_pairs_match_at_the_first_look() -> None:
-    comparison = settle([2.0] * 10, [2.0] * 10)
-    assert (comparison.status, comparison.pairs) == ("match", 6)
+    assert settle([2.0] * 20, [2.0] * 20).pairs == FIRST_LOOK_PAIRS
+    comparison = settle([2.0] * 10, [2.0] * 10)  # fewer pairs than that have one look
+    assert (comparison.status, comparison.pairs) == ("match", 10)
+    assert settle([2.0] * 10, [2.0] * 10, min_pairs=6).pairs == 6
 
 
 def test_an_absolute_margin_holds_where_it_is_more() -> None:

@@ -164,7 +164,7 @@ def test_bad_value_is_refused_by_name(keyword: str, value: Any) -> None:
         ({"device": "tpu"}, "Unknown device.*one of cpu, gpu"),
         ({"framework": "torch", "model": "resnet20", "launcher": "torchrun"}, "one of barrier, torchdistributor"),
         ({"model": "cifar10_quick", "launcher": "barrier"}, "'tensorflow' has one launcher"),
-        ({"framework": "caffe"}, "'caffe' is not available yet.*this version ships: tensorflow"),
+        ({"solver": "x.prototxt"}, "solver belongs to framework 'caffe'"),
         ({"iterations": 5, "epochs": 1}, "either iterations or epochs.*iterations=5 and epochs=1"),
     ],
 )
@@ -250,8 +250,8 @@ def test_registered_model_that_does_not_work(model: str, message: str) -> None:
 
 
 def test_built_in_models_have_recipes() -> None:
-    for spec in FRAMEWORKS.values():
-        assert set(spec.models) <= set(workload.RECIPES)
+    for name, spec in FRAMEWORKS.items():
+        assert name == "caffe" or set(spec.models) <= set(workload.RECIPES)  # a solver file is a recipe of its own
 
 
 def test_identity_is_json_and_leaves_out_how_it_is_measured() -> None:
@@ -276,3 +276,70 @@ def test_any_keywords_are_read_or_refused_as_configuration(keywords: dict[str, A
     assert found.executors >= 1
     assert found.batch_size >= found.executors
     assert (found.iterations is None) != (found.epochs is None)
+
+
+class Table:
+    """What tells a DataFrame from other things."""
+
+    schema = sparkSession = mapInArrow = None
+
+
+def test_dataframes_are_read_with_their_columns() -> None:
+    rows, fresh = Table(), Table()
+    found = read({**QUICK, "data": rows, "test_data": fresh, "image_column": "pixels", "image_shape": [28, 28, 1]})
+    data: Any = found.data
+    assert (data.train, data.test, data.test_fraction) == (rows, fresh, None)
+    assert (data.image_column, data.label_column, data.image_shape) == ("pixels", "label", (28, 28, 1))
+    parts: list[Any] = [read({**QUICK, "data": rows, "test_fraction": 0.2}).data for _ in range(2)]
+    assert parts[0].key == parts[1].key != data.key
+    assert found.to_dict() == read(QUICK).to_dict()  # data has an identity of its own
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"data": Table()},
+            "A DataFrame needs a test set: expected test_data= with another, or test_fraction=, got neit",
+        ),
+        ({"data": Table(), "test_data": Table(), "test_fraction": 0.1}, "got both"),
+        ({"data": Table(), "test_data": 3}, "Bad value for test_data: expected a Spark DataFrame, got 3"),
+        *[
+            ({"data": Table(), "test_fraction": bad}, "Bad value for test_fraction")
+            for bad in (0, 1, -0.1, "0.2", True)
+        ],
+        *[
+            ({"data": Table(), "test_fraction": 0.1, "image_shape": bad}, "image_shape")
+            for bad in ((), (0, 1), 3, "32", (1, 2, 3, 4))
+        ],
+        ({"test_data": Table()}, "test_data= belongs to a DataFrame: expected data= with a DataFrame as well"),
+        ({"data": "synthetic", "image_column": "x"}, "image_column= belongs to a DataFrame"),
+    ],
+)
+def test_dataframes_without_a_test_set_or_with_bad_columns_are_refused(keywords: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        read({**QUICK, **keywords})
+
+
+def test_checkpoints_belong_to_frameworks_that_can_go_on() -> None:
+    assert read(QUICK).retries == 0 and "checkpoint_every" not in read(QUICK).to_dict()
+    found = read({**QUICK, "framework": "torch", "checkpoint_every": 10, "checkpoint_folder": "hdfs://x/y"})
+    assert (found.checkpoint_every, found.checkpoint_folder) == (10, "hdfs://x/y")
+    assert found.to_dict()["checkpoint_every"] == 10 and "checkpoint_folder" not in found.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"checkpoint_every": 10},
+            "Checkpoints are not written here: expected framework 'torch' with launcher 'barrier'",
+        ),
+        ({"framework": "torch", "launcher": "torchdistributor", "checkpoint_every": 10}, "not written here"),
+        ({"framework": "torch", "checkpoint_every": 0}, "Bad value for checkpoint_every"),
+        ({"framework": "torch", "checkpoint_folder": "/x"}, "A checkpoint folder without checkpoints"),
+    ],
+)
+def test_checkpoints_that_nobody_would_write_are_refused(keywords: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        read({**QUICK, **keywords})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sparkgauge import device, executor, gpu
 from sparkgauge.errors import ClusterError
 from sparkgauge.job import Job, Launched
 
@@ -33,7 +34,7 @@ class Peers:
     """Host of every executor, by rank."""
     rank: int
     gpus: tuple[str, ...] = ()
-    """Addresses of the GPUs that Spark gave this task."""
+    """Addresses of the GPUs that Spark gave this task, the only ones that its process sees; none on the CPU."""
 
     @property
     def host(self) -> str:
@@ -143,15 +144,22 @@ def _task(job: Job, entry: Entry, rows: Iterator[int]) -> Iterator[int]:
 
     context = BarrierTaskContext.get()
     peers = _peers(context, job)
+    if job.device == "gpu" and not peers.gpus:
+        executor.run(job, peers.rank, _no_training, prepare=lambda: device.refuse_without_gpu(peers.gpus, job))
+    gpu.expose(peers.gpus)
     entry(job, peers.rank, peers)
     return iter(())
 
 
+def _no_training(context: Any, shard: Any) -> None:
+    raise AssertionError("unreachable: the preparation raises")
+
+
 def _peers(context: Any, job: Job) -> Peers:
     hosts = tuple(str(info.address).rpartition(":")[0] for info in context.getTaskInfos())
-    gpu = context.resources().get("gpu")
+    given = context.resources().get("gpu") if job.device == "gpu" else None
     return Peers(
         hosts=("127.0.0.1",) * len(hosts) if job.loopback else hosts,
         rank=int(context.partitionId()),
-        gpus=tuple(gpu.addresses) if gpu is not None else (),
+        gpus=tuple(given.addresses) if given is not None else (),
     )

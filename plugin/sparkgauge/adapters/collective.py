@@ -79,9 +79,12 @@ def _listener(host: str, port: int = 0) -> socket.socket:
 
 
 @contextlib.contextmanager
-def open_group(job: Job, rank: int, address: StoreAddress | None, device: str = "cpu") -> Iterator[Any]:
+def open_group(
+    job: Job, rank: int, address: StoreAddress | None, device: str = "cpu", attempt: int = 0
+) -> Iterator[Any]:
     """Yield the process group of all executors (gloo, or NCCL on ``gpu``), None for one; set ``job.threads`` threads.
 
+    Each ``attempt`` of a stage has keys of its own in the store: the last one's name processes that are gone.
     ConnectionResetError where a peer goes away while it is open.
     """
     import torch
@@ -96,6 +99,7 @@ def open_group(job: Job, rank: int, address: StoreAddress | None, device: str = 
         _bind_to_loopback()
     with peer_errors():
         store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=_meeting())
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
         on_gpu = {"device_id": torch.device("cuda", 0)} if device == "gpu" else {}
         backend = "nccl" if device == "gpu" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=job.executors, **on_gpu)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparkgauge.caffe import schema, text
 from sparkgauge.caffe.net import (
+    DATA_TYPES,
     Net,
     batch_size,
     check_connections,
@@ -74,6 +75,13 @@ class Solver:
         """Return the ``NetParameter`` of the TEST phase."""
         states = self.message.test_state
         return _phase_net(self.test, "TEST", states[0] if states else schema.NetState())
+
+    def where_data(self, phase: str) -> str:
+        """Return where the data layer of ``phase`` stands."""
+        net, message = (self.net, self.train_net()) if phase == "TRAIN" else (self.test, self.test_net())
+        state = message.state
+        numbers = layer_numbers(net.message, state)
+        return net.where(next(number for number in numbers if net.message.layer[number].type in DATA_TYPES))
 
 
 def read_solver(path: Path | str) -> Solver:

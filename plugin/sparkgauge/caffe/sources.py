@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,34 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from sparkgauge.caffe import schema
+from sparkgauge.caffe import INSTALL_HINT, lmdb_data, schema
 from sparkgauge.data.shards import Sampler, Shard, evaluation_range
 from sparkgauge.errors import DataError, MachineError
+from sparkgauge.job import Job
 
 SESSION = "sparkgauge:cifar10"
 """As ``source`` or ``mean_file`` of a Data layer: the session's data set, and the mean of its training images."""
 
-INSTALL_HINT = "Install it with: pip install 'pytest-sparkgauge[caffe]'"
+
+@dataclass(frozen=True)
+class Later:
+    """A sampler from its step ``first`` on: training that resumes sees the images that would have come next."""
+
+    sampler: Sampler
+    first: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of global batches in an epoch."""
+        return self.sampler.steps_per_epoch
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Return the indices of this rank's training images in the global step (0-based, from ``first``)."""
+        return self.sampler.batch(step + self.first)
+
+    def global_batch_size(self, step: int) -> int:
+        """Return how many images all executors together train on in the global step."""
+        return self.sampler.global_batch_size(step + self.first)
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,7 @@ class ImageShard:
     """One executor's view of images in Caffe's order; the same methods as :class:`sparkgauge.data.shards.Shard`."""
 
     images: NDArray[Any]
-    """Training images (N, c, h, w), uint8 or float32."""
+    """Training images (N, c, h, w), uint8 or float32; a view of channels-last memory."""
     labels: NDArray[np.int64]
     """(N,)."""
     test_images: NDArray[Any]
@@ -34,8 +53,8 @@ class ImageShard:
     test_labels: NDArray[np.int64]
     """(M,)."""
     mean_image: NDArray[np.float32] | None
-    """(c, h, w), None where the net subtracts none from a file."""
-    sampler: Sampler
+    """(c, h, w) of the session's training images; None for another data set."""
+    sampler: Later
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -46,19 +65,32 @@ class ImageShard:
     @property
     def test_range(self) -> slice:
         """Return this executor's part of the test set."""
-        return evaluation_range(len(self.test_labels), self.sampler.executors, self.sampler.rank)
+        inner = self.sampler.sampler
+        return evaluation_range(len(self.test_labels), inner.executors, inner.rank)
 
     def batch(self, step: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return copies of this executor's images (b, c, h, w) and labels (b,) of the global step."""
         indices = self.sampler.batch(step)
-        return np.take(self.images, indices, axis=0), np.take(self.labels, indices)
+        # np.take copies an array that is not contiguous as a whole first: the axes are turned round afterwards
+        pixels = np.take(self.images.transpose(0, 2, 3, 1), indices, axis=0)
+        return in_caffe_order(pixels), np.take(self.labels, indices)
 
-    def test_batches(self, size: int) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
-        """Yield this executor's test images and labels, at most ``size`` at a time, in order."""
-        part = self.test_range
-        for start in range(part.start, part.stop, size):
-            view = slice(start, min(start + size, part.stop))
-            yield self.test_images[view], self.test_labels[view]
+
+@dataclass(frozen=True)
+class IndexShard:
+    """The same batches as indices, for an engine that holds all images."""
+
+    shard: ImageShard
+
+    @property
+    def sampler(self) -> Later:
+        """Return the order of the images."""
+        return self.shard.sampler
+
+    def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the indices (b,) of this executor's images of the global step, and their labels."""
+        indices = self.sampler.batch(step)
+        return indices, np.take(self.shard.labels, indices)
 
 
 def in_caffe_order(images: NDArray[Any]) -> NDArray[Any]:
@@ -79,6 +111,7 @@ def read_lmdb(folder: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     labels: list[int] = []
     try:
         with lmdb.open(str(path), readonly=True, lock=False) as database, database.begin() as transaction:
+            _check_whole(database, path)
             for key, value in transaction.cursor():
                 image, label = _record(value, f"{path}, record {key.decode(errors='replace')!r}")
                 if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
@@ -92,6 +125,15 @@ def read_lmdb(folder: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     if not images:
         raise DataError("Empty LMDB", expected="at least one record", where=str(path))
     return np.stack(images), np.asarray(labels, np.int64)
+
+
+def _check_whole(database: Any, folder: Path) -> None:
+    """Raise DataError where the file ends before its last page: reading beyond would end this process by a signal."""
+    expected = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+    actual = (folder / "data.mdb").stat().st_size
+    if actual < expected:
+        sizes = {"expected": f"at least {expected:,} bytes", "actual": f"{actual:,} bytes"}
+        raise DataError("Truncated or damaged LMDB", **sizes, where=str(folder))
 
 
 def write_lmdb(folder: Path | str, images: NDArray[Any], labels: NDArray[Any]) -> None:
@@ -134,15 +176,31 @@ def _record(value: bytes, where: str) -> tuple[NDArray[Any], int]:
     return pixels.reshape(shape), datum.label
 
 
-def of_session(shard: Shard, sampler: Sampler) -> ImageShard:
-    """Return the session's data set as Caffe sees it, without copying it."""
+def of_session(job: Job, rank: int, folder: Path) -> ImageShard:
+    """Return executor ``rank``'s view of the session's data set as Caffe sees it, without copying it."""
+    shard = Shard.open(folder, executors=job.executors, rank=rank, global_batch=job.global_batch, seed=job.seed)
     return ImageShard(
         in_caffe_order(shard.images),
         shard.labels.astype(np.int64),
         in_caffe_order(shard.test_images),
         shard.test_labels.astype(np.int64),
         np.ascontiguousarray(np.asarray(shard.mean_image, np.float32).transpose(2, 0, 1)),
-        sampler,
+        Later(shard.sampler, job.plan.first_iteration),
+    )
+
+
+def of_databases(job: Job, rank: int, folder: Path) -> ImageShard:
+    """Return executor ``rank``'s view of the plan's databases, prepared in ``folder``."""
+    plan = job.plan
+    images, labels, test_images, test_labels = map(np.asarray, lmdb_data.open_arrays(folder, plan.lmdb.key))
+    sampler = Sampler(len(labels), job.global_batch, job.executors, rank, job.seed)
+    return ImageShard(
+        in_caffe_order(images),
+        labels,
+        in_caffe_order(test_images),
+        test_labels,
+        None,
+        Later(sampler, plan.first_iteration),
     )
 
 

@@ -74,8 +74,9 @@ def print_message(message: Any) -> str:
 
 def suggestion(name: str, allowed: Any) -> str:
     """Return ``, did you mean 'X'?`` where something allowed is close, else an empty text."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    by_lower = {str(one).lower(): one for one in allowed}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
+    return f", did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def _bad_value(error: Any, file: str) -> ConfigurationError:

@@ -115,13 +115,23 @@ def write_state(path: Path | str, state: State) -> None:
 
 def read_mean(path: Path | str, shape: Sequence[int] | None = None) -> Array:
     """Return the mean image (c, h, w) of a ``mean.binaryproto``; DataError where it is damaged or not ``shape``."""
-    mean = _array(_read(path, schema.BlobProto, "a mean image"), str(path))
-    while mean.ndim > 3 and mean.shape[0] == 1:
-        mean = mean[0]
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError("Unreadable mean image", actual=error.strerror, where=str(path)) from None
+    mean = decode_mean(content, str(path))
     wanted = tuple(shape) if shape is not None else None
     if mean.ndim != 3 or (wanted is not None and mean.shape != wanted):
         expected = "x".join(map(str, wanted)) if wanted else "one image (channels, height, width)"
         raise DataError("Mean image of another shape", expected=expected, actual=_shown(mean.shape), where=str(path))
+    return mean
+
+
+def decode_mean(content: bytes, where: str) -> Array:
+    """Return the mean image (c, h, w) that the bytes of a ``mean.binaryproto`` hold; DataError names ``where``."""
+    mean = _array(_decoded(content, schema.BlobProto, "a mean image", where), where)
+    while mean.ndim > 3 and mean.shape[0] == 1:
+        mean = mean[0]
     return mean
 
 
@@ -172,16 +182,18 @@ def _read(path: Path | str, kind: Any, what: str) -> Any:
         content = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"Unreadable {what[2:]}", actual=error.strerror, where=str(path)) from None
+    return _decoded(content, kind, what, str(path))
+
+
+def _decoded(content: bytes, kind: Any, what: str, where: str) -> Any:
     message = kind()
     try:
         message.ParseFromString(content)
     except DecodeError:
-        raise DataError(
-            "Truncated or damaged file", expected=what, actual=f"{len(content)} bytes that do not decode",
-            where=str(path),
-        ) from None  # fmt: skip
+        actual = f"{len(content)} bytes that do not decode"
+        raise DataError("Truncated or damaged file", expected=what, actual=actual, where=where) from None
     if not content:
-        raise DataError("Empty file", expected=what, actual="0 bytes", where=str(path))
+        raise DataError("Empty file", expected=what, actual="0 bytes", where=where)
     return message
 
 

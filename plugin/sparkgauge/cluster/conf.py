@@ -16,6 +16,9 @@ MARKER_VARIABLE = "SPARKGAUGE_PROCESS"
 """Environment variable that every process of an embedded cluster inherits; its value is unique to the session."""
 PREIMPORT_VARIABLE = "SPARKGAUGE_PREIMPORT"
 """Comma-separated modules that the Python daemon imports before it forks workers."""
+PREIMPORT_FILE_VARIABLE = "SPARKGAUGE_PREIMPORT_FILE"
+"""File of modules, one a line, that the daemon imports before it forks its next worker; it grows while it serves."""
+
 DAEMON_MODULE = "sparkgauge.cluster.daemon"
 
 REQUIRED: Mapping[str, tuple[str, str]] = {
@@ -28,6 +31,9 @@ REQUIRED: Mapping[str, tuple[str, str]] = {
 QUICK_JVM = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")
 """JVM flags of processes that only coordinate: start-up in half the CPU time, no compiler threads during rounds, no
 file in /tmp/hsperfdata. Master: 3.0 -> 1.6 CPU seconds, 1.9 -> 1.4 s (2-core AMD EPYC, Java 17, Spark 4.3, n = 2)."""
+
+SPARKS_STAGE_ATTEMPTS = 4
+"""Spark's own default of spark.stage.maxConsecutiveAttempts."""
 
 WORKER_OVERHEAD_MEBIBYTES = 64
 MASTER_FORMS = "spark://HOST:PORT, yarn, k8s://URL or local-cluster[N,CORES,MEBIBYTES]"
@@ -58,12 +64,21 @@ class ClusterSpec:
     """The user's own Spark settings; they win, except against :data:`REQUIRED`."""
     preimport: tuple[str, ...] = ()
     """Modules that a Python task finds already imported."""
+    gpus: tuple[tuple[str, ...], ...] = ()
+    """Addresses of each executor's GPUs on this host, or, with an external master, as many empty names: only their
+    number counts there. Empty without GPUs."""
+    retries: int = 0
+    """Times that a barrier stage may be run again after it lost a task."""
 
     def __post_init__(self) -> None:
         for name in ("executors", "cores_per_executor", "executor_memory_mebibytes"):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigurationError(f"Bad {name}", expected="a whole number from 1", actual=str(value))
+        if self.gpus and (len(self.gpus) != self.executors or len({len(share) for share in self.gpus}) != 1):
+            raise ConfigurationError(
+                "Bad gpus", expected=f"the same number for each of {self.executors} executors", actual=str(self.gpus)
+            )
         size = local_cluster_size(self.master)
         if master_kind(self.master) == "local-cluster" and size and size[0] != self.executors:
             raise ConfigurationError(
@@ -117,12 +132,21 @@ def spark_conf(
         **_executors(spec.executors, cores, memory),
         **_failure_detection(),
         **executor_environment(cores, spec.preimport, package_folder),
+        f"spark.executorEnv.{PREIMPORT_FILE_VARIABLE}": str(preimport_file(folder)),
         # TensorFlow leaves generated sources in the temporary folder when its process is killed.
         "spark.executorEnv.TMPDIR": str(folder / "tmp"),
+        **gpu_requests(spec),
+        # read by the workers of local-cluster, which have no configuration of their own
+        **(gpu_offer(spec, folder) if size else {}),
         **spec.extra,
     }
     check_required(settings)
     return settings
+
+
+def preimport_file(folder: Path) -> Path:
+    """Return the file of :data:`PREIMPORT_FILE_VARIABLE` of a cluster that writes into ``folder``."""
+    return folder / "conf" / "preimport"
 
 
 def external_conf(spec: ClusterSpec) -> dict[str, str]:
@@ -130,7 +154,49 @@ def external_conf(spec: ClusterSpec) -> dict[str, str]:
     cores = spec.cores_per_executor
     sizes = _executors(spec.executors, cores, spec.executor_memory_mebibytes)
     environment = executor_environment(cores, spec.preimport, None)
-    return {"spark.master": str(spec.master), **_training(spec, cores), **sizes, **environment, **spec.extra}
+    return {
+        "spark.master": str(spec.master),
+        **_training(spec, cores),
+        **sizes,
+        **environment,
+        **gpu_requests(spec),
+        **_gpu_discovery(spec),
+        **spec.extra,
+    }
+
+
+def gpu_requests(spec: ClusterSpec) -> dict[str, str]:
+    """Return what the driver asks for: GPUs for every executor, all of them for its one task; nothing without."""
+    if not spec.gpus:
+        return {}
+    amount = str(len(spec.gpus[0]))
+    return {"spark.executor.resource.gpu.amount": amount, "spark.task.resource.gpu.amount": amount}
+
+
+def gpu_offer(spec: ClusterSpec, folder: Path) -> dict[str, str]:
+    """Return what a worker of this host offers: its share of the plan that the discovery script hands out."""
+    if not spec.gpus:
+        return {}
+    return {
+        "spark.worker.resource.gpu.amount": str(len(spec.gpus[0])),
+        "spark.worker.resource.gpu.discoveryScript": str(discovery_script(folder)),
+    }
+
+
+def discovery_script(folder: Path) -> Path:
+    """Return where a cluster of this host keeps its discovery script."""
+    return folder / "gpus" / "discover-gpus"
+
+
+def _gpu_discovery(spec: ClusterSpec) -> dict[str, str]:
+    """Return how executors elsewhere find their GPUs: by the command beside their Python, which YARN needs."""
+    if not spec.gpus:
+        return {}
+    command = Path(spec.python).parent / "sparkgauge-gpus"
+    return {
+        "spark.executor.resource.gpu.discoveryScript": str(command),
+        "spark.executor.resource.gpu.vendor": "nvidia.com",
+    }
 
 
 def check_required(settings: Mapping[str, str]) -> None:
@@ -154,6 +220,8 @@ def _training(spec: ClusterSpec, cores: int) -> dict[str, str]:
         "spark.ui.showConsoleProgress": "false",
         "spark.eventLog.enabled": "false",
         "spark.speculation": "false",
+        # A failed barrier task fails its stage's attempt, whatever spark.task.maxFailures says; this counts attempts.
+        "spark.stage.maxConsecutiveAttempts": str(max(SPARKS_STAGE_ATTEMPTS, spec.retries + 1)),
         # One task fills an executor, so that a job of N tasks lands on N executors.
         "spark.task.cpus": str(cores),
         "spark.locality.wait": "0",

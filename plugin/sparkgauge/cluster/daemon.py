@@ -20,6 +20,8 @@ PR_SET_CHILD_SUBREAPER = 36
 def main() -> None:
     """Import the modules wanted, tie workers to this process and serve until Spark closes standard input."""
     preimport(os.environ.get("SPARKGAUGE_PREIMPORT", ""))
+    if later := os.environ.get("SPARKGAUGE_PREIMPORT_FILE"):
+        os.register_at_fork(before=Later(later).import_new)
     if sys.platform == "linux":
         prctl = _prctl()
         if prctl:
@@ -52,6 +54,26 @@ def preimport(names: str) -> list[str]:
         os.dup2(handshake, 1)
         os.close(handshake)
     return imported
+
+
+class Later:
+    """Imports what is appended to a file, one module a line, before the next worker is forked."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._daemon = path, os.getpid()
+        self._seen = 0
+
+    def import_new(self) -> None:
+        """Import the modules that are new in the file, in the daemon only: its workers inherit them."""
+        if os.getpid() != self._daemon:
+            return
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                names = file.read().split()
+        except FileNotFoundError:
+            return
+        new, self._seen = names[self._seen :], len(names)
+        preimport(",".join(new))
 
 
 class _Leash:

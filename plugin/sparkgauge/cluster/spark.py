@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import sparkgauge
+from sparkgauge import discovery
 from sparkgauge.cluster import conf, standalone, watchdog
 from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.java import Java, find_java
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.05
 EXTERNAL_GRACE_SECONDS = 5.0
 """How long more executors than are registered may take to show up once the session runs."""
+GPU_REGISTRATION_SECONDS = 30.0
+"""How long executors with GPUs may take to register; without them it is 3-10 s on a quiet machine."""
 RELAUNCH_TIMEOUT_SECONDS = 30.0
 """A killed executor is back in 3-4 s on a quiet machine."""
 
@@ -63,6 +66,7 @@ class SparkCluster:
         self._standalone: standalone.StandaloneCluster | None = None
         self._launch: Future[Any] | None = None
         self._opening: Future[Any] | None = None
+        self._preimported = set(spec.preimport)
         self._owner_pid = os.getpid()
         atexit.register(self.stop)
 
@@ -134,6 +138,20 @@ class SparkCluster:
         for process in self._task_processes():
             watchdog.kill(process)
 
+    def preimport(self, modules: Iterable[str]) -> bool:
+        """Let Python tasks find ``modules`` imported from now on; return whether any is new.
+
+        The next task on each executor pays for it: call :meth:`warm`. With an external master only what the cluster
+        was started with is imported ahead.
+        """
+        new = [name for name in modules if name not in self._preimported]
+        if not new or self.kind == "external":
+            return False
+        with open(conf.preimport_file(self.folder), "a", encoding="utf-8") as file:
+            file.write("".join(f"{name}\n" for name in new))
+        self._preimported.update(new)
+        return True
+
     def warm(self, count: int) -> float:
         """Return the seconds of a trivial job on ``count`` executors at once; Python daemons are up afterwards."""
         started = time.perf_counter()
@@ -180,6 +198,8 @@ class SparkCluster:
     def _start(self, java: Java, spark_home: Path) -> None:
         secret = secrets.token_hex(32)
         standalone.prepare_folder(self.folder)
+        if self.spec.gpus and self.kind != "external":
+            discovery.write_script(conf.discovery_script(self.folder).parent, self.spec.gpus, sys.executable)
         if self.kind != "external":
             text = conf.properties_text(self.spec.extra)
             standalone.write_private(self.folder / "conf" / "spark-defaults.conf", text)
@@ -195,7 +215,13 @@ class SparkCluster:
             settings = self._settings(gateway, secret, master_url)
             self.spark = self._open_session(gateway, settings)
         self._progress(f"waiting for {self.spec.executors} executors")
-        self.wait_for_executors(self.spec.executors, self.spec.start_timeout_seconds)
+        self.wait_for_executors(self.spec.executors, self._registration_seconds())
+
+    def _registration_seconds(self) -> float:
+        """Return how long executors may take: Spark lets an application wait forever for GPUs that nobody has."""
+        limit = self.spec.start_timeout_seconds
+        is_elsewhere = self.kind == "external"  # here the workers have what was dealt out to them
+        return min(limit, GPU_REGISTRATION_SECONDS) if self.spec.gpus and is_elsewhere else limit
 
     def _driver_environment(self, java: Java, spark_home: Path) -> dict[str, str | None]:
         return conf.driver_environment(
@@ -281,6 +307,9 @@ class SparkCluster:
         return [process for process in marked if not _belongs_to_spark(process)]
 
     def _too_few(self, wanted: int, available: int, how: str, hint: str) -> ClusterError:
+        if self.spec.gpus:
+            each = len(self.spec.gpus[0])
+            hint = f"{hint}. Each needs a worker that offers {each} GPU{'s' if each > 1 else ''} (docs/gpu.md)"
         return ClusterError(
             "Too few Spark executors",
             expected=f"{wanted} executors",

@@ -95,7 +95,7 @@ class StandaloneCluster:
 
     def _write_properties(self) -> Path:
         path = self.folder / "conf" / "daemons.properties"
-        settings = conf.daemon_conf(self._secret, secrets.token_urlsafe(48))
+        settings = conf.daemon_conf(self._secret, secrets.token_urlsafe(48)) | conf.gpu_offer(self.spec, self.folder)
         write_private(path, conf.properties_text(settings))
         return path
 

@@ -51,6 +51,8 @@ class Manifest:
     source: str
     """Where the data came from, for people."""
     schema: int = MANIFEST_SCHEMA
+    class_count: int = CLASS_COUNT
+    """Labels are below this."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,17 @@ class Dataset:
         """Return the data set prepared in ``folder``; DataError where it is unfinished or a file has the wrong size."""
         manifest = read_manifest(Path(folder))
         identity = manifest.identity
-        return cls(Path(folder), identity, notice, identity.train_count, identity.test_count)
+        return cls(Path(folder), identity, notice, identity.train_count, identity.test_count, manifest.class_count)
 
     def open(self) -> Arrays:
         """Return the arrays, memory-mapped read-only; DataError where a size is wrong or a label is above 9."""
-        files = read_manifest(self.folder).files
+        manifest = read_manifest(self.folder)
+        files, classes = manifest.files, manifest.class_count
         train_images, train_labels, test_images, test_labels, mean_image = (
             _map_file(self.folder / name, files[name]) for name in FILE_NAMES
         )
-        check_labels(train_labels, self.folder / FILE_NAMES[1])
-        check_labels(test_labels, self.folder / FILE_NAMES[3])
+        check_labels(train_labels, self.folder / FILE_NAMES[1], classes)
+        check_labels(test_labels, self.folder / FILE_NAMES[3], classes)
         return Arrays(train_images, train_labels, test_images, test_labels, mean_image)
 
     def verify(self) -> None:
@@ -139,13 +142,13 @@ def check_size(path: Path, expected_bytes: int, *, hint: str, detail: str = "") 
         )
 
 
-def check_labels(labels: NDArray[np.uint8], path: Path) -> None:
-    """Return when all labels are 0 to 9; DataError names the first record (counted from 0) that is not."""
-    if labels.size and int(labels.max()) >= CLASS_COUNT:
-        record = int((labels >= CLASS_COUNT).argmax())
+def check_labels(labels: NDArray[np.uint8], path: Path, class_count: int = CLASS_COUNT) -> None:
+    """Return when all labels are below ``class_count``; DataError names the first record (from 0) that is not."""
+    if labels.size and int(labels.max()) >= class_count:
+        record = int((labels >= class_count).argmax())
         raise DataError(
             "Mislabelled record",
-            expected=f"a label from 0 to {CLASS_COUNT - 1}",
+            expected=f"a label from 0 to {class_count - 1}",
             actual=f"{int(labels[record])} at record {record:,} (the first is 0)",
             where=str(path),
             hint="This is not CIFAR-10, or the file is damaged.",

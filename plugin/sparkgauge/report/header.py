@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparkgauge import environment
+from sparkgauge import environment, nvml
 from sparkgauge.session import GaugeSession
 
 
@@ -24,6 +24,8 @@ def header_lines(session: GaugeSession, *, has_other_spark_fixtures: bool) -> li
     if config.injections:
         slowed = ", ".join(f"{phase} by {fraction:.0%}" for phase, fraction in config.injections.items())
         lines.append(f"sparkgauge: SLOWED DOWN ON PURPOSE: {slowed} (--gauge-inject)")
+    if nvml.played_devices():
+        lines.append(f"sparkgauge: THE GPUS ARE PLAYED, from a file ({nvml.PLAYED_VARIABLE}): nothing trains on them")
     if has_other_spark_fixtures:
         lines.append(
             "sparkgauge: pytest-spark is installed too and also defines the fixture spark_session, on a cluster of its "

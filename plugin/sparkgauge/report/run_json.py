@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkgauge import selfcheck
 from sparkgauge.records import RunRecord, Verdict
+from sparkgauge.report.gpu_lines import costs
 from sparkgauge.report.session_notes import FAMILY_LEVEL, family_of
 from sparkgauge.store import write_json
 
@@ -52,6 +53,8 @@ def write_session_report(path: Path, session: GaugeSession) -> None:
         "self_check": selfcheck.report_field(session.environment.hardware_class),
         "family": {"level": FAMILY_LEVEL, **dataclasses.asdict(family_of(session.verdicts))},
     }
+    if config.prices:
+        more["costs"] = {"prices": dict(config.prices), "trainings": costs(session.runs, config.prices)}
     if session.opponent is not None:
         more["against"] = session.opponent.report()
     write_run_report(path, session.runs, session.verdicts, header, **more)

@@ -8,7 +8,9 @@ from typing import Any
 from sparkgauge import selfcheck
 from sparkgauge.records import RunRecord
 from sparkgauge.report.baseline_notes import Collected, session_notes
+from sparkgauge.report.gpu_lines import gpu_lines, price_lines
 from sparkgauge.report.limit_lines import limit_lines, rank_lines
+from sparkgauge.report.reference import has_both_devices, reference_table, text_lines
 from sparkgauge.report.session_notes import family_lines, family_of, round_lines
 from sparkgauge.report.table import Row, phase_lines, render_table, row_from
 from sparkgauge.session import GaugeSession
@@ -40,6 +42,8 @@ def write_summary(reporter: Any, session: GaugeSession, *, verbose: bool, collec
         reporter.write_line(f"  {line}")
     for line in [*family_lines(family_of(session.verdicts)), *round_lines(session.runs)]:
         reporter.write_line(line)
+    for line in _gpu_section(session):
+        reporter.write_line(line)
     for line in session.opponent.notes() if session.opponent is not None else ():
         reporter.write_line(line)
     for path in session.written:
@@ -48,6 +52,12 @@ def write_summary(reporter: Any, session: GaugeSession, *, verbose: bool, collec
         reporter.write_line(line)
     if reporter.verbosity >= 0:
         reporter.write_line(selfcheck_line(session))
+
+
+def _gpu_section(session: GaugeSession) -> list[str]:
+    """Return what is said of GPUs, and of their price where both devices were measured or prices were given."""
+    lines = [*gpu_lines(session.runs), *price_lines(session.runs, session.config.prices)]
+    return [*lines, *text_lines(reference_table(session.runs))] if has_both_devices(session.runs) else lines
 
 
 def selfcheck_line(session: GaugeSession) -> str:

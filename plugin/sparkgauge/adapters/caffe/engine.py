@@ -58,8 +58,20 @@ class Engine(Protocol):
         """Overwrite the weights of the named layers."""
         ...
 
-    def step(self, images: Images, labels: Labels, *, global_batch: int, reduce: Reduce | None = None) -> float:
-        """Update once and return this executor's part of the loss; the parts add up to the global batch's mean."""
+    def step(
+        self,
+        images: Images,
+        labels: Labels,
+        *,
+        global_batch: int,
+        reduce: Reduce | None = None,
+        parts: Sequence[int] | None = None,
+    ) -> float:
+        """Update once and return this executor's part of the loss; the parts add up to the global batch's mean.
+
+        ``parts`` are the images of each pass, whose gradients are added in this order; ``iter_size`` even ones by
+        default.
+        """
         ...
 
     def test(self, images: Images, labels: Labels) -> TestCount:

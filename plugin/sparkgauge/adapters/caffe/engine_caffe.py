@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount
 from sparkgauge.caffe import text, weights
 from sparkgauge.caffe.net import DATA_TYPES
-from sparkgauge.errors import ConfigurationError, MachineError, TrainingError
+from sparkgauge.errors import ConfigurationError, DataError, MachineError, TrainingError
 
 TEST_BATCH = 100
 """Images per pass when testing."""
@@ -38,8 +38,11 @@ MESSAGE_LINES = 12
 
 
 def require() -> None:
-    """Return where ``import caffe`` finds pycaffe; MachineError says how to get it otherwise."""
-    if importlib.util.find_spec("caffe._caffe" if importlib.util.find_spec("caffe") else "caffe") is None:
+    """Return where ``import caffe`` would find pycaffe; MachineError says how to get it otherwise."""
+    # find_spec("caffe._caffe") would import caffe, whose libraries crash a process that has PyTorch's loaded
+    found = importlib.util.find_spec("caffe")
+    folders = [] if found is None else [Path(one) for one in found.submodule_search_locations or ()]
+    if not any(file for folder in folders for file in folder.glob("_caffe*")):  # PyPI's caffe is an empty placeholder
         raise MachineError(
             "Engine caffe needs the real Caffe, which is not installed",
             expected="`import caffe` (pycaffe) to work",
@@ -73,6 +76,8 @@ class CaffeEngine:
         self._shape, self._batch, self._mean = input_shape, batch, mean
         self._iter_size = max(int(solver.iter_size), 1)
         self._transforms = {"TRAIN": _transform(train_net), "TEST": _transform(test_net)}
+        for transform in self._transforms.values():
+            _check_mean(transform, mean, input_shape)
         self._folder = Path(tempfile.mkdtemp(prefix="sparkgauge-caffe-"))
         try:
             self._process = _Process(self._folder, threads)
@@ -122,10 +127,19 @@ class CaffeEngine:
                 view[...] = array
         self._process.ask("put")
 
-    def step(self, images: Images, labels: Labels, *, global_batch: int, reduce: Reduce | None = None) -> float:
+    def step(
+        self,
+        images: Images,
+        labels: Labels,
+        *,
+        global_batch: int,
+        reduce: Reduce | None = None,
+        parts: Sequence[int] | None = None,
+    ) -> float:
         """Update once and return this executor's part of the loss."""
         self._process.put(self._rows(images, labels, "TRAIN"))
-        loss = float(self._process.ask("step", parts=self._parts(len(images)), global_batch=global_batch)["loss"])
+        sizes = self._parts(len(images)) if parts is None else list(parts)
+        loss = float(self._process.ask("step", parts=sizes, global_batch=global_batch)["loss"])
         if reduce is not None:
             reduce(self._flat)
         self.iteration = self._process.ask("go")["done"]
@@ -200,9 +214,9 @@ class CaffeEngine:
 
     def _rows(self, images: Images, labels: Labels, phase: str) -> NDArray[np.float32]:
         """Return one row per image, transformed as the net's data layer would, its label last: (b, c * h * w + 1)."""
-        scale, values = self._transforms[phase]
+        scale, values, subtracts = self._transforms[phase]
         pixels = np.ascontiguousarray(images, np.float32).reshape(len(images), *self._shape)
-        if self._mean is not None:
+        if subtracts and self._mean is not None:
             pixels = pixels - self._mean
         elif values:
             pixels = pixels - np.array(values, np.float32).reshape(-1, 1, 1)
@@ -259,12 +273,20 @@ def _own_solver(solver: Any, net_file: str, folder: Path, seed: int) -> Any:
     return copy
 
 
-def _transform(net: Any) -> tuple[float, list[float]]:
-    """Return scale and mean values of the net's data layer."""
+def _transform(net: Any) -> tuple[float, list[float], bool]:
+    """Return scale and mean values of the net's data layer, and whether it subtracts a mean image."""
     for layer in net.layer if net is not None else ():
         if layer.type in DATA_TYPES:
-            return float(layer.transform_param.scale), list(layer.transform_param.mean_value)
-    return 1.0, []
+            p = layer.transform_param
+            return float(p.scale), list(p.mean_value), bool(p.HasField("mean_file"))
+    return 1.0, [], False
+
+
+def _check_mean(transform: tuple[float, list[float], bool], mean: Any, shape: tuple[int, int, int]) -> None:
+    if mean is not None and tuple(np.shape(mean)) != tuple(shape):
+        raise DataError("the mean does not fit the images", expected=str(shape), actual=str(np.shape(mean)))
+    if transform[2] and mean is None:
+        raise ConfigurationError("the net needs a mean image", expected="mean=", actual="none")
 
 
 class _Process:

@@ -76,10 +76,18 @@ class TorchEngine:
         """Overwrite the weights of the named layers."""
         self._parameters.set(values, "the given weights")
 
-    def step(self, images: Images, labels: Labels, *, global_batch: int, reduce: Reduce | None = None) -> float:
+    def step(
+        self,
+        images: Images,
+        labels: Labels,
+        *,
+        global_batch: int,
+        reduce: Reduce | None = None,
+        parts: Sequence[int] | None = None,
+    ) -> float:
         """Update once on images (b, c, h, w) and labels (b,); TrainingError if the loss is not finite."""
         self._check(images, labels)
-        loss = self._gradients(self._tensor(images), self._labels(labels), global_batch)
+        loss = self._gradients(self._tensor(images), self._labels(labels), global_batch, parts)
         self._apply(reduce)
         return self._finish(loss)
 
@@ -184,13 +192,15 @@ class TorchEngine:
         with torch.no_grad():
             return net.forward(self._inputs[net](x), labels, run)
 
-    def _gradients(self, x: Tensor, labels: Tensor, global_batch: int) -> Tensor:
+    def _gradients(self, x: Tensor, labels: Tensor, global_batch: int, parts: Sequence[int] | None = None) -> Tensor:
         """Fill the gradient buffer by this executor's images and return its part of the loss, a scalar."""
         self._parameters.gradients.zero_()
         loss = torch.zeros((), device=self._device)
         run = Pass(True, global_batch, self._generator, whole_batch=len(labels) == global_batch)
-        passes = self._solver.iter_size
-        for part_x, part_labels in zip(x.tensor_split(passes), labels.tensor_split(passes), strict=True):
+        passes = (x.tensor_split(self._solver.iter_size), labels.tensor_split(self._solver.iter_size))
+        if parts is not None:
+            passes = (x.split(list(parts)), labels.split(list(parts)))
+        for part_x, part_labels in zip(*passes, strict=True):
             if len(part_labels):
                 loss = loss + self._forward(self._net, part_x, part_labels, run)
                 with torch.no_grad():
@@ -234,7 +244,8 @@ class TorchEngine:
     def _replay(self, indices: Tensor, global_batch: int, reduce: Reduce | None) -> Tensor:
         key = len(indices), global_batch, reduce is None
         if key not in self._graphs:
-            self._graphs[key] = _Graph(self._captured(global_batch, whole=reduce is None), indices.cuda(), self._keep())
+            step = self._captured(global_batch, whole=reduce is None)
+            self._graphs[key] = _Graph(step, indices.cuda(), self._keep(), self._generator)
         graph = self._graphs[key]
         if reduce is None:
             self._set_rate()
@@ -312,7 +323,7 @@ class _Transform:
 class _Graph:
     """A step captured as a CUDA graph, with the indices of its images as input."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor], indices: Tensor, keep: list[Tensor]) -> None:
+    def __init__(self, step: Callable[[Tensor], Tensor], indices: Tensor, keep: list[Tensor], generator: Any) -> None:
         self._indices = indices
         before = [tensor.clone() for tensor in keep]
         stream = torch.cuda.Stream()
@@ -322,14 +333,17 @@ class _Graph:
                 step(indices)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        self._graph.register_generator_state(generator)  # dropout's masks differ from replay to replay
+        # thread_local: NCCL's own thread may talk to the device meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._loss = step(indices)
         for tensor, value in zip(keep, before, strict=True):
             tensor.copy_(value)
 
     def replay(self, indices: Tensor) -> Tensor:
         """Run the step on the images at ``indices`` and return a copy of its loss."""
-        self._indices.copy_(indices)
+        # without non_blocking this would wait for the GPU; ordinary memory is read before the call returns
+        self._indices.copy_(indices, non_blocking=True)
         self._graph.replay()
         loss: Tensor = self._loss.clone()
         return loss

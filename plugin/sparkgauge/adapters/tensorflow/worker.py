@@ -6,7 +6,7 @@ import functools
 import os
 from typing import Any
 
-from sparkgauge import executor
+from sparkgauge import device, executor, gpu
 from sparkgauge.errors import MachineError
 from sparkgauge.job import Job
 
@@ -14,8 +14,10 @@ from sparkgauge.job import Job
 def main(arguments: dict[str, Job], node: Any) -> None:
     """Train ``arguments["job"]`` as ``node`` (a TFNodeContext) of the cluster that TensorFlowOnSpark has formed."""
     job = arguments["job"]
+    addresses = gpu.of_task() if job.device == "gpu" else ()
+    gpu.expose(addresses)  # TensorFlowOnSpark has set the variable to Spark's GPUs, on the CPU too
     try:
-        executor.run(job, node.executor_id, _training_function(job), prepare=lambda: _strategy(job, node))
+        executor.run(job, node.executor_id, _training_function(job), prepare=lambda: _strategy(job, node, addresses))
     finally:
         node.mgr.shutdown()  # TensorFlowOnSpark leaves its manager to an exit handler that Spark's workers skip
 
@@ -32,8 +34,9 @@ def _train_built_in(model: str, context: Any, shard: Any) -> None:
     train(model, context, shard)
 
 
-def _strategy(job: Job, node: Any) -> Any:
+def _strategy(job: Job, node: Any, addresses: tuple[str, ...]) -> Any:
     """Return a MultiWorkerMirroredStrategy over all executors, on ``job.threads`` threads."""
+    device.refuse_without_gpu(addresses, job)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         import tensorflow as tf
@@ -57,11 +60,16 @@ def _check_device(tf: Any, job: Job) -> None:
     gpus = tf.config.list_physical_devices("GPU")
     if job.device == "cpu":
         tf.config.set_visible_devices([], "GPU")
-    elif not gpus:
+        return
+    if not gpus:
+        built = tf.sysconfig.get_build_info()
+        version = built.get("cuda_version") if built.get("is_cuda_build") else None
         raise MachineError(
-            "device='gpu' was asked for, but TensorFlow sees no GPU on this executor",
-            expected="at least one GPU given by Spark and usable by this TensorFlow",
+            "device='gpu' was asked for, but TensorFlow cannot use the GPU that Spark gave this executor",
+            expected="a TensorFlow built for this GPU's CUDA, with the CUDA libraries it loads",
             actual=f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')!r}, "
-            f"built with CUDA: {tf.test.is_built_with_cuda()}",
-            hint="Use device='cpu', or install a TensorFlow with CUDA and give Spark GPU resources",
+            + (f"TensorFlow built for CUDA {version}" if version else "a TensorFlow built without CUDA"),
+            hint="Install tensorflow[and-cuda]; TF_CPP_MIN_LOG_LEVEL=0 names a library that is missing",
         )
+    for one in gpus:  # its default is to take all of the memory at once, whatever a batch needs
+        tf.config.experimental.set_memory_growth(one, True)

@@ -11,6 +11,7 @@ from typing import Any
 from sparkgauge.adapters import barrier, collective
 from sparkgauge.adapters.torch import worker
 from sparkgauge.errors import MachineError
+from sparkgauge.executor import OpenShard, Train
 from sparkgauge.job import Job, Launched
 
 INSTALL_HINT = "Install it with: pip install 'pytest-sparkgauge[torch]'"
@@ -26,11 +27,23 @@ def prepare() -> None:
     importlib.import_module("torch.distributed")
 
 
-def launch(spark_context: Any, job: Job, *, job_group: str, check: Callable[[], None]) -> Launched:
-    """Start the job on all executors and return; they meet at a store that this process serves until the round ends."""
+def launch(
+    spark_context: Any,
+    job: Job,
+    *,
+    job_group: str,
+    check: Callable[[], None],
+    train: Train | None = None,
+    open_shard: OpenShard | None = None,
+) -> Launched:
+    """Start the job on all executors and return; they meet at a store that this process serves until the round ends.
+
+    ``train`` and ``open_shard`` are what each executor runs in place of this adapter's own.
+    """
     store, meeting = _open(job)
-    entry = functools.partial(worker.main, meeting)
-    settings: dict[str, Any] = {"job_group": job_group, "check": check, "entry": entry}
+    entry = functools.partial(worker.main, meeting, train=train, open_shard=open_shard)
+    retryable = job.recovery is not None and job.recovery.retries > 0
+    settings: dict[str, Any] = {"job_group": job_group, "check": check, "entry": entry, "retryable": retryable}
     try:
         return barrier.launch(spark_context, job, close=_closing(store), **settings)
     except BaseException:

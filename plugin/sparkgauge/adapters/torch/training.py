@@ -14,6 +14,13 @@ from torch.nn import functional
 
 from sparkgauge.adapters.collective import Exchange, FlatGradients
 from sparkgauge.adapters.memory import keep_freed_memory
+from sparkgauge.adapters.torch.checkpoint import (
+    module_state,
+    random_states,
+    restore_module,
+    restore_random_state,
+    restore_tensors,
+)
 from sparkgauge.adapters.torch.inputs import inputs_of
 from sparkgauge.adapters.torch.networks import WHITENING_IMAGES, Speedrun, build
 from sparkgauge.adapters.torch.replay import Replayed
@@ -40,8 +47,12 @@ def train(model: str, context: Context, shard: Shard) -> dict[str, float]:
     recipe = RECIPES[model]
     trainer = Trainer(recipe, context, shard)
     total = context.total_steps(shard)
+    if (state := context.restore()) is not None:
+        trainer.restore(state)
     for step in context.steps(trainer.feed):
         trainer.step(step, recipe.learning_rate(step.index, total, context.global_batch))
+        if context.checkpoint_due:
+            context.checkpoint(trainer.state())
         if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
             trainer.test()
     trainer.test()
@@ -156,6 +167,21 @@ class Trainer:
                 self._averages.swap()
             self._context.record_test(correct, tested)
 
+    def state(self) -> dict[str, Any]:
+        """Return all that the next steps depend on; every executor must call it."""
+        return {"tensors": self._tensors(), "random": random_states(self._context.handle)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; DataError where it is of another model."""
+        restore_tensors(self._tensors(), state["tensors"])
+        restore_random_state(self._context, state["random"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        averages = {} if self._averages is None else {"averages": self._averages.shadows}
+        buffers = {f"buffer {name}": buffer for name, buffer in self._network.named_buffers()}
+        slow = {} if self._lookahead is None else {f"slow {i}": one for i, one in enumerate(self._lookahead.slow)}
+        return {"values": self._optimiser.values, "history": self._optimiser.history, **averages, **slow, **buffers}
+
     def _logits(self, inputs: Tensor) -> Tensor:
         logits = self._network(inputs)
         return logits + self._network(inputs.flip(3)) if self._recipe.test_flip else logits
@@ -211,18 +237,18 @@ class _Averages:
     """Exponential moving averages of the weights, as tf.train.ExponentialMovingAverage with num_updates."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values, self._shadows = values, values.clone()
+        self._values, self.shadows = values, values.clone()
 
     def update(self, index: int) -> None:
         """Move every average towards its weight after step ``index`` (0-based)."""
         updates = index + 1.0
-        self._shadows.lerp_(self._values, 1 - min(AVERAGE_DECAY, (1 + updates) / (10 + updates)))
+        self.shadows.lerp_(self._values, 1 - min(AVERAGE_DECAY, (1 + updates) / (10 + updates)))
 
     def swap(self) -> None:
         """Exchange weights and averages, in place: before a test, and again after it."""
         weights = self._values.clone()
-        self._values.copy_(self._shadows)
-        self._shadows.copy_(weights)
+        self._values.copy_(self.shadows)
+        self.shadows.copy_(weights)
 
 
 class _Lookahead:
@@ -235,7 +261,7 @@ class _Lookahead:
     def __init__(self, fast: list[Tensor]) -> None:
         """Pull on weights and running statistics, not on the momentum that comes second."""
         self._fast = [fast[0], *fast[2:]]
-        self._slow = [one.clone() for one in self._fast]
+        self.slow = [one.clone() for one in self._fast]
 
     def update(self, done: int, total: int) -> None:
         """Bring both together after ``done`` of ``total`` steps where it is time; the last word is the slow ones'."""
@@ -245,7 +271,7 @@ class _Lookahead:
             self._meet(1.0)
 
     def _meet(self, stay: float) -> None:
-        for slow, fast in zip(self._slow, self._fast, strict=True):
+        for slow, fast in zip(self.slow, self._fast, strict=True):
             slow.lerp_(fast, 1 - stay)
             fast.copy_(slow)
 
@@ -291,6 +317,7 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
     trainable = [p for p in network.parameters() if p.requires_grad]
     gradients = FlatGradients(trainable, context.handle.group)
     sgd = torch.optim.SGD(trainable, lr=options["learning_rate"], momentum=options["momentum"])
+    restore_module(context, network, sgd)
     for step in context.steps(shard):
         before = gradients.exposed_seconds
         gradients.clear()
@@ -304,6 +331,8 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
         context.record_loss(float(loss_sum.detach()))
         if step.index:
             context.move("compute", "sync", gradients.exposed_seconds - before)
+        if context.checkpoint_due:
+            context.checkpoint(module_state(context, network, sgd))
     with context.phase("evaluate"), torch.no_grad():
         network.eval()
         for images, truth in shard.test_batches(TEST_BATCH[context.device]):

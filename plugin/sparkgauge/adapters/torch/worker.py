@@ -36,12 +36,24 @@ class Handle:
     """The ``torch.device`` to train on."""
 
 
-def main(meeting: Meeting, job: Job, rank: int, peers: Peers) -> None:
-    """Train ``job`` as executor ``rank``."""
+def main(
+    meeting: Meeting,
+    job: Job,
+    rank: int,
+    peers: Peers,
+    train: executor.Train | None = None,
+    open_shard: executor.OpenShard | None = None,
+) -> None:
+    """Train ``job`` as executor ``rank``, by ``train`` and ``open_shard`` where another adapter gives them."""
     if peers.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(peers.gpus)
     with contextlib.ExitStack() as stack:
-        executor.run(job, rank, _guarded(_training_function(job)), prepare=lambda: _handle(meeting, job, rank, stack))
+        guarded = _guarded(train or _training_function(job))
+
+        def prepare(attempt: int) -> Handle:
+            return _handle(meeting, job, rank, stack, attempt)
+
+        executor.run(job, rank, guarded, prepare_attempt=prepare, open_shard=open_shard)
 
 
 def _training_function(job: Job) -> executor.Train:
@@ -62,10 +74,10 @@ def _guarded(train: Callable[[Any, Any], Any]) -> executor.Train:
     return guarded
 
 
-def _handle(meeting: Meeting, job: Job, rank: int, stack: contextlib.ExitStack) -> Handle:
+def _handle(meeting: Meeting, job: Job, rank: int, stack: contextlib.ExitStack, attempt: int) -> Handle:
     torch = _torch(meeting)
     device = _device(torch, job)
-    group = stack.enter_context(collective.open_group(job, rank, meeting.store, job.device))
+    group = stack.enter_context(collective.open_group(job, rank, meeting.store, job.device, attempt))
     return Handle(group, device)
 
 

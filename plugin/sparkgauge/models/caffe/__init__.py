@@ -9,8 +9,13 @@ SOLVERS = {
     "cifar10_full": "cifar10_full_solver.prototxt",
     "cifar10_full_sigmoid": "cifar10_full_sigmoid_solver.prototxt",
     "cifar10_full_sigmoid_bn": "cifar10_full_sigmoid_bn_solver.prototxt",
+    "lenet": "lenet_solver.prototxt",
+    "lenet_adadelta": "lenet_adadelta_solver.prototxt",
+    "lenet_adam": "lenet_solver_adam.prototxt",
+    "lenet_multistep": "lenet_multistep_solver.prototxt",
+    "lenet_rmsprop": "lenet_solver_rmsprop.prototxt",
 }
-"""The solver of each model that trains on CIFAR-10, by model name."""
+"""The solver of each model, by its name; those of lenet need the LMDBs of MNIST near the test."""
 
 
 def path(model: str) -> Path:
