@@ -293,7 +293,7 @@ def _dataset() -> Dataset:
 @contextlib.contextmanager
 def _cluster() -> Iterator[SparkCluster]:
     torch_launch.prepare()
-    cluster = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS))
+    cluster = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS["torch"]))
     try:
         cluster.warm(EXECUTORS)
         yield cluster

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from sparkgauge import gpu
 from sparkgauge.errors import TrainingError
 from sparkgauge.records import Ceiling, RunRecord
 
@@ -62,33 +63,26 @@ def _on_executor(threads: int, device: str, _: int) -> tuple[float, float]:
 
 
 def _on_cpu(threads: int) -> tuple[float, float]:
-    """Return both with PyTorch's libraries where it is installed, else with numpy's."""
+    """Return both with PyTorch's libraries where the executor has imported it anyway, else with numpy's."""
     side, count = GEMM_SIDE["cpu"], MEMORY_BYTES["cpu"] // 4
-    try:
-        import torch
-    except ImportError:
-        import numpy as np
-
-        left, memory = np.ones((side, side), np.float32), np.ones(count, np.float32)
-        product = np.empty_like(left)
-        gemm = _best_seconds(lambda: np.matmul(left, left, out=product))
-        passed = _best_seconds(lambda: np.add(memory, 1, out=memory))
-    else:
+    if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(threads)
         left, memory = torch.ones(side, side), torch.ones(count)
         product = torch.empty_like(left)
         gemm = _best_seconds(lambda: torch.mm(left, left, out=product))
         passed = _best_seconds(lambda: memory.add_(1))
+    else:
+        import numpy as np
+
+        rows, numbers = np.ones((side, side), np.float32), np.ones(count, np.float32)
+        result = np.empty_like(rows)
+        gemm = _best_seconds(lambda: np.matmul(rows, rows, out=result))
+        passed = _best_seconds(lambda: np.add(numbers, 1, out=numbers))
     return 2 * side**3 / gemm / 1e9, 2 * MEMORY_BYTES["cpu"] / passed / 1e9
 
 
 def _on_gpu() -> tuple[float, float]:
-    from pyspark import TaskContext
-
-    task = TaskContext.get()
-    given = task.resources().get("gpu") if task is not None else None
-    if given is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given.addresses)
+    gpu.expose(gpu.of_task())
     import torch
 
     side = GEMM_SIDE["gpu"]
