@@ -117,6 +117,7 @@ def scaling() -> None:
             count = f"{len(rates[0])} pairs"
             print(f"| {what} | {medians} | {_ratio(rates[0], rates[1])} | {exposed:.1%} | {count} |", flush=True)
         limit = ceiling.of_executors(cluster.spark.sparkContext, EXECUTORS, 1, "cpu")
+    assert limit
     print(f"\nCeilings of both cores: {limit.gemm_gflops:.0f} GFLOP/s, {limit.memory_gigabytes_per_second:.1f} GB/s")
     for model in SCALING_STEPS:
         print(f"({model}: 1,000 images/s are {achieved_gflops(model, 1000.0):.1f} GFLOP/s)")

@@ -22,10 +22,11 @@ MEMORY_BYTES = {"cpu": 96 * 2**20, "gpu": 2**30}
 """Of the array that is read and written: beyond a core's share of any cache."""
 
 
-def of_executors(spark_context: Any, executors: int, threads: int, device: str) -> Ceiling:
+def of_executors(spark_context: Any, executors: int, threads: int, device: str) -> Ceiling | None:
     """Return the sum over ``executors``, all measured at once with ``threads`` threads each.
 
-    TrainingError where Spark cannot run the job.
+    None where a GPU cannot be measured for want of a PyTorch that can use it. TrainingError where Spark cannot run the
+    job.
     """
     numbers = spark_context.parallelize(range(executors), executors)
     try:
@@ -33,6 +34,8 @@ def of_executors(spark_context: Any, executors: int, threads: int, device: str) 
     except Exception as error:
         cause = next((line.strip() for line in str(error).splitlines() if "Error" in line), str(error))
         raise TrainingError("The machine's ceilings could not be measured", actual=cause) from error
+    if None in measured:
+        return None
     return Ceiling(
         gemm_gflops=sum(gemm for gemm, _ in measured),
         memory_gigabytes_per_second=sum(memory for _, memory in measured),
@@ -57,8 +60,8 @@ def achieved_gflops(run: RunRecord) -> float | None:
     return flops.achieved_gflops(str(run.workload["model"]), mean, run.workload.get("options", {}))
 
 
-def _on_executor(threads: int, device: str, _: int) -> tuple[float, float]:
-    """Return GFLOP/s and GB/s of this executor."""
+def _on_executor(threads: int, device: str, _: int) -> tuple[float, float] | None:
+    """Return GFLOP/s and GB/s of this executor; None where they cannot be measured."""
     return _on_gpu() if device == "gpu" else _on_cpu(threads)
 
 
@@ -81,9 +84,14 @@ def _on_cpu(threads: int) -> tuple[float, float]:
     return 2 * side**3 / gemm / 1e9, 2 * MEMORY_BYTES["cpu"] / passed / 1e9
 
 
-def _on_gpu() -> tuple[float, float]:
+def _on_gpu() -> tuple[float, float] | None:
     gpu.expose(gpu.of_task())
-    import torch
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
 
     side = GEMM_SIDE["gpu"]
     left = torch.ones(side, side, device="cuda", dtype=torch.bfloat16)
