@@ -57,8 +57,10 @@ SCALING_STEPS = {"cifar10_quick": 40, "resnet20": 10, "cifar10_tutorial": 20}
 OVERHEAD_STEPS = 80
 BARE_STEPS = {"resnet20": 10, "cifar10_tutorial": 24}
 AGREEMENT_STEPS = 50
-SPEEDRUN_STEPS = (50, 100, 150)
-"""One, two and three epochs of 50 steps."""
+SPEEDRUN_BATCH = 250
+SPEEDRUNS = ((0.5, 2.0), (0.5, 3.0), (0.5, 5.0))
+"""Width of the network and epochs, in batches that fit into a processor's cache; each is a training of its own, since
+the rate falls towards its end."""
 GPU_RUNS = 10
 TIMEOUT_SECONDS = 3000.0
 
@@ -78,10 +80,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", choices=[*sections, []], help="default: all but gpu")
     parser.add_argument("--pairs", type=int, help="interleaved pairs of rounds of every ratio")
+    parser.add_argument("--speedruns", nargs="*", help="of section speedrun, as WIDTH:EPOCHS")
     parser.add_argument("--models", nargs="*", default=list(SCALING_STEPS), help="of section scaling")
     arguments = parser.parse_args()
     if arguments.pairs:
         PAIRS.update(dict.fromkeys(PAIRS, arguments.pairs))
+    global SPEEDRUNS
+    if arguments.speedruns:
+        SPEEDRUNS = tuple((float(w), float(e)) for w, _, e in (one.partition(":") for one in arguments.speedruns))
     for model in SCALING_STEPS.keys() - set(arguments.models):
         del SCALING_STEPS[model]
     wanted = arguments.sections or [name for name in sections if name != "gpu"]
@@ -95,8 +101,8 @@ def main() -> None:
 def scaling() -> None:
     """Print the throughput of two executors of one core over that of one, at equal global batch."""
     dataset = _short_dataset()
-    print("| training, equal global batch | 1 executor, images/s | 2 executors | ratio | exposed communication | n |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    head = ("training, equal global batch", "1 executor, images/s", "2 executors", "ratio", "exposed communication")
+    print(f"| {' | '.join(head)} | CPU seconds of 1 / of both | n |\n| --- | --- | --- | --- | --- | --- | --- |")
     with _cluster() as cluster:
         for model, steps in SCALING_STEPS.items():
             one, two = (
@@ -109,8 +115,13 @@ def scaling() -> None:
             what = f"{model}, batch {RECIPES[model].global_batch}"
             medians = " | ".join(f"{statistics.median(side):,.0f}" for side in rates)
             count = f"{len(rates[0])} pairs"
-            print(f"| {what} | {medians} | {_ratio(rates[0], rates[1])} | {exposed:.1%} | {count} |", flush=True)
+            # without what other work on the machine takes: 1 means that two executors compute no more than one
+            spent = _ratio(*([_step_cpu_seconds(round_) for round_ in side] for side in reversed(pairs)))
+            print(
+                f"| {what} | {medians} | {_ratio(rates[0], rates[1])} | {exposed:.1%} | {spent} | {count} |", flush=True
+            )
         limit = ceiling.of_executors(cluster.spark.sparkContext, EXECUTORS, 1, "cpu")
+    assert limit
     print(f"\nCeilings of both cores: {limit.gemm_gflops:.0f} GFLOP/s, {limit.memory_gigabytes_per_second:.1f} GB/s")
     for model in SCALING_STEPS:
         print(f"({model}: 1,000 images/s are {achieved_gflops(model, 1000.0):.1f} GFLOP/s)")
@@ -209,17 +220,18 @@ def quick() -> None:
 
 
 def speedrun() -> None:
-    """Print what ``speedrun`` reaches in one, two and three epochs on the CPU, and in which time."""
+    """Print what ``speedrun`` reaches in a few epochs on the CPU, and in which time."""
     dataset = _dataset()
     print("| speedrun, 2 executors of one core | seconds, training + test | accuracy | images/s | GFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
     with _cluster() as cluster:
-        for steps in SPEEDRUN_STEPS:
-            done = _on_spark(cluster, _job(dataset, "speedrun", steps))
+        for width, epochs in SPEEDRUNS:
+            changes: dict[str, Any] = {"global_batch": SPEEDRUN_BATCH, "options": {"width": width}}
+            done = _on_spark(cluster, _job(dataset, "speedrun", round(epochs * 50_000 / SPEEDRUN_BATCH), **changes))
             rate = done.images_per_second
-            gflops = achieved_gflops("speedrun", rate)
+            gflops = achieved_gflops("speedrun", rate, {"width": width})
             print(
-                f"| {steps} steps of {RECIPES['speedrun'].global_batch} | {done.runtime_seconds:.0f} | "
+                f"| width {width:g}, {epochs:g} epochs, batch {SPEEDRUN_BATCH} | {done.runtime_seconds:.0f} | "
                 f"{done.accuracy_fraction:.2%} | {rate:,.0f} | {gflops:.0f} |",
                 flush=True,
             )
@@ -277,6 +289,12 @@ def _short_dataset() -> Dataset:
     return Dataset.load(folder / "data")
 
 
+def _step_cpu_seconds(one: Round) -> float:
+    """Return the CPU seconds of all executors' steps after the first."""
+    spent = [executor.phase_cpu_seconds for executor in one.executors]
+    return sum(phases.feed + phases.compute + phases.sync for phases in spent if phases is not None)
+
+
 def _dataset() -> Dataset:
     dataset = resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge")))
     print(f"data: {dataset.identity.name} ({dataset.identity.kind}) {dataset.identity.digest[:12]}", file=sys.stderr)
@@ -286,7 +304,7 @@ def _dataset() -> Dataset:
 @contextlib.contextmanager
 def _cluster() -> Iterator[SparkCluster]:
     torch_launch.prepare()
-    cluster = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS))
+    cluster = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS["torch"]))
     try:
         cluster.warm(EXECUTORS)
         yield cluster

@@ -37,25 +37,25 @@ def test_speedrun(trained, baseline):
     assert trained.accuracy >= baseline.accuracy
 
 
-@pytest.mark.gauge(framework="torch", model="cifar10_quick", device="gpu", iterations=5000)
+@pytest.mark.gauge(framework="torch", model="cifar10_quick", device="gpu", executors=1, iterations=5000)
 def test_cifar10_quick_gpu(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
 
 
-@pytest.mark.gauge(framework="torch", model="cifar10_tutorial", device="gpu", iterations=3000)
+@pytest.mark.gauge(framework="torch", model="cifar10_tutorial", device="gpu", executors=1, iterations=3000)
 def test_cifar10_tutorial_gpu(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
 
 
-@pytest.mark.gauge(framework="torch", model="resnet20", device="gpu", iterations=2000)
+@pytest.mark.gauge(framework="torch", model="resnet20", device="gpu", executors=1, iterations=2000)
 def test_resnet20_gpu(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
 
 
-@pytest.mark.gauge(framework="torch", model="speedrun", device="gpu", iterations=750)
+@pytest.mark.gauge(framework="torch", model="speedrun", device="gpu", executors=1, iterations=750)
 def test_speedrun_gpu(trained, baseline):
     # a GPU trains the whole recipe in seconds, in every profile
     assert trained.runtime <= baseline.runtime

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from sparkgauge import gpu
 from sparkgauge.errors import TrainingError
 from sparkgauge.records import Ceiling, RunRecord
 
@@ -21,10 +22,11 @@ MEMORY_BYTES = {"cpu": 96 * 2**20, "gpu": 2**30}
 """Of the array that is read and written: beyond a core's share of any cache."""
 
 
-def of_executors(spark_context: Any, executors: int, threads: int, device: str) -> Ceiling:
+def of_executors(spark_context: Any, executors: int, threads: int, device: str) -> Ceiling | None:
     """Return the sum over ``executors``, all measured at once with ``threads`` threads each.
 
-    TrainingError where Spark cannot run the job.
+    None where a GPU cannot be measured for want of a PyTorch that can use it. TrainingError where Spark cannot run the
+    job.
     """
     numbers = spark_context.parallelize(range(executors), executors)
     try:
@@ -32,6 +34,8 @@ def of_executors(spark_context: Any, executors: int, threads: int, device: str) 
     except Exception as error:
         cause = next((line.strip() for line in str(error).splitlines() if "Error" in line), str(error))
         raise TrainingError("The machine's ceilings could not be measured", actual=cause) from error
+    if None in measured:
+        return None
     return Ceiling(
         gemm_gflops=sum(gemm for gemm, _ in measured),
         memory_gigabytes_per_second=sum(memory for _, memory in measured),
@@ -52,43 +56,42 @@ def achieved_gflops(run: RunRecord) -> float | None:
     rounds = run.valid_rounds
     if not rounds:
         return None
-    return flops.achieved_gflops(str(run.workload["model"]), sum(one.images_per_second for one in rounds) / len(rounds))
+    mean = sum(one.images_per_second for one in rounds) / len(rounds)
+    return flops.achieved_gflops(str(run.workload["model"]), mean, run.workload.get("options", {}))
 
 
-def _on_executor(threads: int, device: str, _: int) -> tuple[float, float]:
-    """Return GFLOP/s and GB/s of this executor."""
+def _on_executor(threads: int, device: str, _: int) -> tuple[float, float] | None:
+    """Return GFLOP/s and GB/s of this executor; None where they cannot be measured."""
     return _on_gpu() if device == "gpu" else _on_cpu(threads)
 
 
 def _on_cpu(threads: int) -> tuple[float, float]:
-    """Return both with PyTorch's libraries where it is installed, else with numpy's."""
+    """Return both with PyTorch's libraries where the executor has imported it anyway, else with numpy's."""
     side, count = GEMM_SIDE["cpu"], MEMORY_BYTES["cpu"] // 4
-    try:
-        import torch
-    except ImportError:
-        import numpy as np
-
-        left, memory = np.ones((side, side), np.float32), np.ones(count, np.float32)
-        product = np.empty_like(left)
-        gemm = _best_seconds(lambda: np.matmul(left, left, out=product))
-        passed = _best_seconds(lambda: np.add(memory, 1, out=memory))
-    else:
+    if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(threads)
         left, memory = torch.ones(side, side), torch.ones(count)
         product = torch.empty_like(left)
         gemm = _best_seconds(lambda: torch.mm(left, left, out=product))
         passed = _best_seconds(lambda: memory.add_(1))
+    else:
+        import numpy as np
+
+        rows, numbers = np.ones((side, side), np.float32), np.ones(count, np.float32)
+        result = np.empty_like(rows)
+        gemm = _best_seconds(lambda: np.matmul(rows, rows, out=result))
+        passed = _best_seconds(lambda: np.add(numbers, 1, out=numbers))
     return 2 * side**3 / gemm / 1e9, 2 * MEMORY_BYTES["cpu"] / passed / 1e9
 
 
-def _on_gpu() -> tuple[float, float]:
-    from pyspark import TaskContext
-
-    task = TaskContext.get()
-    given = task.resources().get("gpu") if task is not None else None
-    if given is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given.addresses)
-    import torch
+def _on_gpu() -> tuple[float, float] | None:
+    gpu.expose(gpu.of_task())
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
 
     side = GEMM_SIDE["gpu"]
     left = torch.ones(side, side, device="cuda", dtype=torch.bfloat16)

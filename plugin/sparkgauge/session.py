@@ -123,7 +123,7 @@ class GaugeSession:
         self._frameworks: set[str] = set()
         self._wants_gpus = wants_gpus and (bool(gpu.detect()) or not config.embedded)
         self._lease: Lease | None = None
-        self._ceilings: dict[tuple[int, str], Ceiling] = {}
+        self._ceilings: dict[tuple[int, str], Ceiling | None] = {}
 
     @cached_property
     def environment(self) -> Environment:

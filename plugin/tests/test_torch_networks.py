@@ -142,6 +142,7 @@ def test_the_triangular_rate_rises_and_falls() -> None:
     rates = [SPEEDRUN.learning_rate(step, 100) / 1.465 for step in range(100)]
     assert max(rates) == pytest.approx(1, rel=0.03) and rates.index(max(rates)) in (22, 23)
     assert 0.2 < rates[0] < 0.22 and 0.07 < rates[-1] < 0.08
+    assert SPEEDRUN.learning_rate(20, 100, 250) == SPEEDRUN.learning_rate(20, 100) / 4
     falling = replace(SPEEDRUN, start_fraction=0.0, end_fraction=0.0)
     assert 0 < falling.learning_rate(99, 100) < 0.01 * 1.465 and 0 < falling.learning_rate(0, 100) < 0.03 * 1.465
 

@@ -7,7 +7,13 @@ per cent, are left out, as is usual.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from sparkgauge.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,25 @@ def _resnet20() -> tuple[Product, ...]:
     return (*layers, dense(64, 10))
 
 
-def _speedrun() -> tuple[Product, ...]:
+def speedrun_widths(width: float) -> tuple[int, int, int, int]:
+    """Return the channels of ``speedrun`` after its whitening and each of its blocks, scaled by ``width``."""
+    return (24, *(max(1, round(channels * width)) for channels in (64, 256, 256)))  # type: ignore[return-value]
+
+
+def _speedrun(width: float = 1.0) -> tuple[Product, ...]:
     layers = [Product(31 * 31, 2 * 2 * 3, 24, frozen=True)]
-    for before, after, side in ((24, 64, 31), (64, 256, 15), (256, 256, 7)):
+    widths = speedrun_widths(width)
+    for (before, after), side in zip(itertools.pairwise(widths), (31, 15, 7), strict=True):
         layers += [conv(side, 3, before, after), conv(side // 2, 3, after, after)]
-    return (*layers, dense(256, 10))
+    return (*layers, dense(widths[-1], 10))
+
+
+def width_of(options: Mapping[str, Any]) -> float:
+    """Return the option ``width`` of a built-in model; ConfigurationError where it is no number above 0."""
+    width = options.get("width", 1.0)
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 8:
+        raise ConfigurationError("Bad value for width", expected="a number above 0, at most 8", actual=repr(width))
+    return float(width)
 
 
 PRODUCTS: dict[str, tuple[Product, ...]] = {
@@ -75,10 +95,12 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
     "resnet20": _resnet20(),
     "speedrun": _speedrun(),
 }
-"""By model."""
+"""By model, at its own width."""
 
 
-def achieved_gflops(model: str, images_per_second: float) -> float | None:
+def achieved_gflops(
+    model: str, images_per_second: float, options: Mapping[str, Any] = MappingProxyType({})
+) -> float | None:
     """Return the GFLOP/s of a training at ``images_per_second``; None for a model whose work is not counted."""
-    products = PRODUCTS.get(model)
+    products = _speedrun(width_of(options)) if model == "speedrun" else PRODUCTS.get(model)
     return None if products is None else training_flops(products) * images_per_second / 1e9

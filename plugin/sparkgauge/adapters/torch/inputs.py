@@ -145,7 +145,7 @@ class ResidentInputs(Inputs):
         return super().batch(images, self._labels[rows], factors)
 
     def _sent(self, values: Tensor) -> Tensor:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and values.numel():
             values = values.pin_memory()  # from pageable memory the host would wait
         return values.to(self.device, non_blocking=True)
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from sparkgauge.adapters.collective import Exchange
 from sparkgauge.models.cifar10 import CIFAR10_FULL, CIFAR10_QUICK, CIFAR10_TUTORIAL, RESNET20, SPEEDRUN, Recipe
+from sparkgauge.models.flops import speedrun_widths
 
 Tensor = Any
 """A ``torch.Tensor``: the type check treats torch as untyped, installed or not."""
@@ -21,8 +22,10 @@ WHITENING_IMAGES = 5000
 """Training images whose patches decide the whitening filters: 4.8 million 2 x 2 patches."""
 
 
-def build(recipe: Recipe, seed: int, exchange: Exchange) -> nn.Module:
+def build(recipe: Recipe, seed: int, exchange: Exchange, width: float = 1.0) -> nn.Module:
     """Return the network of ``recipe`` with weights drawn from ``seed``; KeyError for a model it does not know.
+
+    ``width`` scales the channels of ``speedrun``; the others have theirs.
 
     Each parameter's ``rate_factor`` and ``decay_factor`` multiply learning rate and weight decay (1 where missing).
     Batch normalisation takes its statistics over the whole global batch, through ``exchange``.
@@ -33,7 +36,7 @@ def build(recipe: Recipe, seed: int, exchange: Exchange) -> nn.Module:
         CIFAR10_FULL.name: lambda: Full(draws),
         CIFAR10_TUTORIAL.name: lambda: Tutorial(draws),
         RESNET20.name: lambda: ResNet20(draws, exchange),
-        SPEEDRUN.name: lambda: Speedrun(draws, exchange),
+        SPEEDRUN.name: lambda: Speedrun(draws, exchange, speedrun_widths(width)),
     }[recipe.name]()
     return network.to(memory_format=torch.channels_last)
 
@@ -166,14 +169,12 @@ class Speedrun(nn.Module):
     fast: what lets a high rate start at once (Jordan 2024, section 3).
     """
 
-    WIDTHS = (24, 64, 256, 256)
-
-    def __init__(self, draws: Draws, exchange: Exchange) -> None:
+    def __init__(self, draws: Draws, exchange: Exchange, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("whitening", draws.normal((24, 3, 2, 2), math.sqrt(1 / 12)))
         self.shift = parameter(torch.zeros(24))
-        self.blocks = nn.ModuleList(WideBlock(draws, exchange, *pair) for pair in itertools.pairwise(self.WIDTHS))
-        width = self.WIDTHS[-1]
+        self.blocks = nn.ModuleList(WideBlock(draws, exchange, *pair) for pair in itertools.pairwise(widths))
+        width = widths[-1]
         self.dense = nn.Linear(width, 10, bias=False)
         self.dense.weight = parameter(draws.normal((10, width), math.sqrt(1 / (3 * width))))
 
@@ -383,7 +384,8 @@ def _dirac(draws: Draws, before: int, after: int) -> nn.Module:
     """Return a convolution whose first ``before`` outputs are its inputs; the others begin as PyTorch's own do."""
     layer = nn.Conv2d(before, after, 3, padding=1, bias=False)
     weight = draws.normal((after, before, 3, 3), math.sqrt(1 / (3 * 9 * before)))
-    weight[:before] = 0
-    weight[range(before), range(before), 1, 1] = 1
+    passed = min(before, after)
+    weight[:passed] = 0
+    weight[range(passed), range(passed), 1, 1] = 1
     layer.weight = parameter(weight)
     return layer

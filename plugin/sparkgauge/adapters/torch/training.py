@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from sparkgauge.adapters.torch.replay import Replayed
 from sparkgauge.context import CURVE_STEPS, Context, Step
 from sparkgauge.data.shards import Shard
 from sparkgauge.models.cifar10 import RECIPES, Recipe
-from sparkgauge.models.flops import achieved_gflops
+from sparkgauge.models.flops import achieved_gflops, width_of
 
 TEST_BATCH = {"cpu": 500, "gpu": 2000}
 """Images per call when testing: large enough to fill the device, small enough for 1 GiB of executor memory."""
@@ -49,7 +50,7 @@ def train(model: str, context: Context, shard: Shard) -> dict[str, float]:
     if (state := context.restore()) is not None:
         trainer.restore(state)
     for step in context.steps(trainer.feed):
-        trainer.step(step, recipe.learning_rate(step.index, total))
+        trainer.step(step, recipe.learning_rate(step.index, total, context.global_batch))
         if context.checkpoint_due:
             context.checkpoint(trainer.state())
         if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
@@ -63,7 +64,7 @@ def _results(model: str, context: Context, reduced_bytes: int) -> dict[str, floa
     seconds, steps = sum(context.step_seconds), len(context.step_seconds)
     if seconds > 0:
         images = context.train_images * steps / (steps + 1)  # the first step is not in step_seconds
-        gflops = achieved_gflops(model, images / seconds)
+        gflops = achieved_gflops(model, images / seconds, context.options)
         results |= {} if gflops is None else {"achieved_gflops": gflops}
     return results
 
@@ -78,7 +79,7 @@ class Trainer:
         _set_up(self._on_gpu)
         self._exchange = Exchange(context.handle.group, on_gpu=self._on_gpu)
         self._inputs = inputs_of(recipe, context, shard, self._device)
-        self._network = build(recipe, context.seed, self._exchange).to(self._device)
+        self._network = build(recipe, context.seed, self._exchange, width_of(context.options)).to(self._device)
         if isinstance(self._network, Speedrun):
             self._network.prepare(self._inputs.normalised(shard.images[:WHITENING_IMAGES]))
         self._optimiser = Momentum(self._network, recipe, context.handle.group)
@@ -140,8 +141,9 @@ class Trainer:
         self._moved_seconds = waited
 
     def _precision(self) -> Any:
-        enabled = self._on_gpu and self._recipe.bfloat16_on_gpu
-        return torch.autocast("cuda", torch.bfloat16, enabled=enabled, cache_enabled=False)
+        if not (self._on_gpu and self._recipe.bfloat16_on_gpu):
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a graph must not keep casts of old weights
 
     def _state(self) -> list[Tensor]:
         """Return what a step changes: weights, momentum, and running statistics."""
