@@ -213,15 +213,22 @@ def _groups(files: Sequence[str], layout: Layout) -> list[Group] | None:
 def _copy_parquet(frame: Any, layout: Layout, images: Path, labels: Path, groups: Sequence[Group]) -> int:
 
     count = sum(group.rows for group in groups)
-    for path, size in ((images, count * layout.width), (labels, count)):
-        with path.open("xb") as file:
-            file.truncate(size)
+    _reserve(images, count * layout.width)
+    _reserve(labels, count)
     context = frame.sparkSession.sparkContext
     tasks = _shares(groups, int(context.defaultParallelism))
     copy = functools.partial(_copy_share, str(images), str(labels), layout)
     problems = context.parallelize(tasks, len(tasks)).mapPartitions(copy).collect() if tasks else []
     _raise_first(problems)
     return count
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes whose room on the disk is kept for it, where the system can: a full one shows now."""
+    with path.open("xb") as file:
+        file.truncate(size)
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _copy_share(images: str, labels: str, layout: Layout, shares: Iterator[list[Group]]) -> Iterator[str]:
