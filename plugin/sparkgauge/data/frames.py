@@ -42,7 +42,8 @@ SPLIT_ROWS = 8192
 
 INTEGERS = ("tinyint", "smallint", "int", "bigint")
 
-_PREIMPORT = "SPARKGAUGE_PREIMPORT"
+_LIGHT = {"SPARKGAUGE_PREIMPORT": "pyarrow,sparkgauge.data.rows", "SPARKGAUGE_PREIMPORT_FILE": ""}
+"""What tells the Python daemon behind Arrow functions to import no framework."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +225,7 @@ def _copy_parquet(frame: Any, layout: Layout, images: Path, labels: Path, groups
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make a file of ``size`` bytes whose room on the disk is kept for it, where the system can: a full one shows now."""
+    """Make a file of ``size`` bytes and keep the disk's room for it where the system can: a full disk shows now."""
     with path.open("xb") as file:
         file.truncate(size)
         if size and hasattr(os, "posix_fallocate"):
@@ -292,15 +293,13 @@ def _map_in_arrow(frame: Any, layout: Layout, function: Any, schema: str) -> Any
 @contextlib.contextmanager
 def _light_workers(context: Any) -> Iterator[None]:
     """Let the Python process behind Arrow functions start without the frameworks, which are not needed there."""
-    before = context.environment.get(_PREIMPORT)
-    context.environment[_PREIMPORT] = "pyarrow,sparkgauge.data.rows"
+    before = dict(context.environment)
+    context.environment.update(_LIGHT)
     try:
         yield
     finally:
-        if before is None:
-            del context.environment[_PREIMPORT]
-        else:
-            context.environment[_PREIMPORT] = before
+        context.environment.clear()
+        context.environment.update(before)
 
 
 def _append(source: Path, target: Any) -> None:
