@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("pyarrow")
+pytest.importorskip("pandas")
 pytest.importorskip("torch")
 
 from sparkgauge.data import frames

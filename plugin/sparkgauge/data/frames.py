@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 NAME = "dataframe"
 """Name of the data set in records."""
 
+PACKAGES = ("pyarrow", "pandas")
+
 SPLIT_SEED = 0
 """``test_fraction`` takes the same rows in every run."""
 
@@ -71,15 +73,15 @@ def is_frame(value: object) -> bool:
 
 
 def check_installed() -> None:
-    """Raise MachineError where pyarrow is missing: rows leave the JVM as Arrow batches."""
+    """Raise MachineError where pyarrow, or pandas, without which PySpark hands out no Arrow batches, is missing."""
     from importlib.util import find_spec
 
-    if find_spec("pyarrow") is None:
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise MachineError(
-            "A DataFrame as data needs a package that is not installed",
-            expected="pyarrow, here and where the executors run",
-            actual="none",
-            hint="Install it with: pip install 'pytest-sparkgauge[dataframes]'",
+            "A DataFrame as data needs packages that are not installed",
+            expected=f"{' and '.join(PACKAGES)}, here and where the executors run",
+            actual=f"no {' and no '.join(missing)}",
+            hint="Install them with: pip install 'pytest-sparkgauge[dataframes]'",
         )
 
 
