@@ -9,11 +9,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sparkgauge.context import Context as Context
     from sparkgauge.data.shards import Shard as Shard
+    from sparkgauge.gate import efficiency as efficiency
     from sparkgauge.gate import speedup as speedup
 
-__all__ = ["Context", "Shard", "__version__", "speedup"]
+__all__ = ["Context", "Shard", "__version__", "efficiency", "speedup"]
 
-_HOMES = {"Context": "sparkgauge.context", "Shard": "sparkgauge.data.shards", "speedup": "sparkgauge.gate"}
+_HOMES = {
+    "Context": "sparkgauge.context",
+    "Shard": "sparkgauge.data.shards",
+    "efficiency": "sparkgauge.gate",
+    "speedup": "sparkgauge.gate",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ STALE_DAYS = 90
 LARGEST_REPORT_BYTES = 1_000_000_000
 """A report holds the seconds of every training step; the longest runs' take some 100 MB."""
 
-HEADLINES = ("runtime_seconds", "speedup_ratio", "accuracy_fraction")
+HEADLINES = ("runtime_seconds", "speedup_ratio", "efficiency_ratio", "accuracy_fraction")
 """The metrics that lists and replacements show, in this order."""
 
 _COLLECTED = re.compile(r"(?:^|\s)(?:(\d+)/)?(\d+) tests? collected")

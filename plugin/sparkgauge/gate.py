@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from sparkgauge import stats
 from sparkgauge.errors import ConfigurationError, NotMeasuredError
@@ -23,6 +23,7 @@ METRICS: dict[str, tuple[str, Better]] = {
     "runtime_seconds": ("s", "lower"),
     "accuracy_fraction": ("fraction", "higher"),
     "speedup_ratio": ("x", "higher"),
+    "efficiency_ratio": ("x", "higher"),
     "images_per_second": ("images/s", "higher"),
 }
 """Unit and good direction of the metrics the suite gates; a user's metric brings its own."""
@@ -30,8 +31,16 @@ METRICS: dict[str, tuple[str, Better]] = {
 UNIT_SUFFIXES = {"_seconds": "s", "_fraction": "fraction", "_ratio": "x", "_bytes": "bytes"}
 """Unit as printed by the end of a metric's name."""
 
-SHORT_NAMES = {"runtime_seconds": "runtime", "accuracy_fraction": "accuracy", "speedup_ratio": "speedup"}
+SHORT_NAMES = {
+    "runtime_seconds": "runtime",
+    "accuracy_fraction": "accuracy",
+    "speedup_ratio": "speedup",
+    "efficiency_ratio": "efficiency",
+}
 """The attribute under which a run and a baseline offer a metric, where it is not the metric's name."""
+
+QUOTIENTS = ("speedup_ratio", "efficiency_ratio")
+"""Metrics of two runs, which belong to their test and not to one of its trainings."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Policy:
         """Return a metric's margin: a share of the ratio, or for fractions the difference itself."""
         if unit_of(metric) == "fraction":
             return self.accuracy_margin_fraction
-        return self.speedup_margin_fraction if metric == "speedup_ratio" else self.runtime_margin_fraction
+        return self.speedup_margin_fraction if metric in QUOTIENTS else self.runtime_margin_fraction
 
 
 @dataclass(frozen=True)
@@ -253,6 +262,18 @@ class HasRuntime(Protocol):
         """Return the run's training + test time."""
 
 
+class HasThroughput(Protocol):
+    """What :func:`efficiency` asks of a training."""
+
+    @property
+    def images_per_second(self) -> Measurement:
+        """Return the training throughput over all executors."""
+
+    @property
+    def workload(self) -> Any:
+        """Return the workload, of which only ``executors`` counts."""
+
+
 def samples_of(run: RunRecord, metric: str, *, unit: str | None = None, better: Better | None = None) -> Samples:
     """Return a run's samples of ``metric``; ``better`` is needed for metrics of a user's own that are no seconds.
 
@@ -318,21 +339,41 @@ def speedup(fast: HasRuntime, *, over: HasRuntime) -> Measurement:
     taken one run after the other any pairing is as valid as another, at the price of a slightly wider interval. Rounds
     beyond the shorter run's are left out.
     """
-    quick, slow = fast.runtime, over.runtime
+    labels = (str(getattr(fast, "label", "")), str(getattr(over, "label", "")))
+    return _quotient(fast.runtime, over.runtime, _ratios, labels)
+
+
+def efficiency(many: HasThroughput, *, over: HasThroughput) -> Measurement:
+    """Return what share of its executors ``many`` makes use of, as a measurement of ``efficiency_ratio``.
+
+    That is the quotient of both runs' images per second over the quotient of their executors, round by round as in
+    :func:`speedup`: 1 where twice the executors train twice as fast. It holds for equal global batches (strong
+    scaling) and for batches that grow with the executors (weak scaling).
+    """
+    times = many.workload.executors / over.workload.executors
+    labels = (str(getattr(many, "label", "")), str(getattr(over, "label", "")))
+    return _quotient(many.images_per_second, over.images_per_second, partial(_efficiencies, times), labels)
+
+
+def _quotient(
+    one: Measurement,
+    other: Measurement,
+    divide: Callable[[Measurement, Measurement], Samples],
+    labels: tuple[str, ...],
+) -> Measurement:
+    """Return the measurement of ``divide(one, other)``, which takes another round of both where it needs more."""
 
     def more() -> Samples | None:
-        if quick.more is None or slow.more is None:
+        if one.more is None or other.more is None:
             return None
-        grown = [(side, _grown(side)) for side in (slow, quick)]
-        return None if any(samples is None for _, samples in grown) else _ratios(quick, slow)
+        grown = [_grown(side) for side in (other, one)]
+        return None if any(samples is None for samples in grown) else divide(one, other)
 
-    can_grow = quick.more is not None and slow.more is not None
-    labels = tuple(str(getattr(side, "label", "")) for side in (fast, over))
     return Measurement(
-        _ratios(quick, slow),
-        more=more if can_grow else None,
-        policy=quick.policy,
-        observer=quick.observer,
+        divide(one, other),
+        more=more if one.more is not None and other.more is not None else None,
+        policy=one.policy,
+        observer=one.observer,
         labels=labels,
     )
 
@@ -614,6 +655,14 @@ def _ratios(quick: Measurement, slow: Measurement) -> Samples:
         raise NotMeasuredError("A speed-up needs run times above 0", actual=f"{min(*quick_values, *slow_values):g} s")
     ratios = tuple(a / b for a, b in zip(slow_values, quick_values, strict=False))
     return _samples("speedup_ratio", ratios, quick.samples.seeds[: len(ratios)], None)
+
+
+def _efficiencies(times: float, many: Measurement, one: Measurement) -> Samples:
+    fast, slow = _measured(many.samples).values, _measured(one.samples).values
+    if min(*fast, *slow) <= 0.0:
+        raise NotMeasuredError("An efficiency needs throughputs above 0", actual=f"{min(*fast, *slow):g} images/s")
+    ratios = tuple(a / b / times for a, b in zip(fast, slow, strict=False))
+    return _samples("efficiency_ratio", ratios, many.samples.seeds[: len(ratios)], None)
 
 
 def _samples(

@@ -191,6 +191,18 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Ceiling:
+    """What a run's executors together can do at most, measured once a session while all of them were busy."""
+
+    gemm_gflops: float
+    """The fastest of several large matrix products."""
+    memory_gigabytes_per_second: float
+    """Reading and writing one large array."""
+    precision: str
+    """Of the matrix product: ``float32``, ``bfloat16``."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything one ``train(...)`` call measured."""
 
@@ -208,6 +220,8 @@ class RunRecord:
     rounds: tuple[Round, ...]
     injections: dict[str, float] = field(default_factory=dict)
     """Deliberate slowdown by phase (``--gauge-inject``), as a fraction; such a run never becomes a baseline."""
+    ceiling: Ceiling | None = None
+    """None where it was not measured, as in records that are older than it."""
     schema: int = SCHEMA_VERSION
 
     @property

@@ -18,11 +18,12 @@ from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
 from sparkgauge.errors import BaselineError, ConfigurationError, DataError, MachineError
-from sparkgauge.gate import BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
+from sparkgauge.gate import QUOTIENTS, BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
 from sparkgauge.job import Job, Recovery
 from sparkgauge.records import (
     Approval,
     Baseline,
+    Ceiling,
     Environment,
     Round,
     RunRecord,
@@ -122,6 +123,7 @@ class GaugeSession:
         self._frameworks: set[str] = set()
         self._wants_gpus = wants_gpus and (bool(gpu.detect()) or not config.embedded)
         self._lease: Lease | None = None
+        self._ceilings: dict[tuple[int, str], Ceiling] = {}
 
     @cached_property
     def environment(self) -> Environment:
@@ -261,7 +263,20 @@ class GaugeSession:
             return ()
         cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
+        self._measure_ceiling(cluster.spark.sparkContext, workload)
         return time_reference(cluster.spark.sparkContext, workload.executors)
+
+    def _measure_ceiling(self, spark_context: Any, workload: Workload) -> None:
+        """Measure what the executors can do at most, once a session for each number and device of executors."""
+        from sparkgauge import ceiling
+
+        key, threads = (workload.executors, workload.device), workload.cores_per_executor
+        if key not in self._ceilings:
+            self._ceilings[key] = ceiling.of_executors(spark_context, workload.executors, threads, workload.device)
+
+    def ceiling(self, workload: Workload) -> Ceiling | None:
+        """Return what the executors can do at most; None where it was not measured."""
+        return self._ceilings.get((workload.executors, workload.device))
 
     def test(self, test_id: str, timer: Timer) -> TestGauge:
         """Return what one test measures with."""
@@ -608,12 +623,13 @@ class TestGauge:
             commit=session.commit,
             rounds=tuple(training.rounds),
             injections=dict(session.config.injections),
+            ceiling=session.ceiling(workload),
         )
 
     def _quantity(self, metric: str, label: str) -> BaselineQuantity:
         __tracebackhide__ = True
         training = self.training(label)
-        if training is None and metric != "speedup_ratio":
+        if training is None and metric not in QUOTIENTS:
             labels = ", ".join(repr(one.label) for one in self.trainings) or "none"
             raise ConfigurationError("No training with this label", expected=f"one of {labels}", actual=repr(label))
         if self.duel is not None:
@@ -629,7 +645,7 @@ class TestGauge:
         return baseline_quantity(
             stored,
             metric,
-            label=DEFAULT_LABEL if metric == "speedup_ratio" else label,
+            label=DEFAULT_LABEL if metric in QUOTIENTS else label,
             file=_shown(path),
             policy=(training or self.trainings[0]).policy if self.trainings else Policy(),
             why_not=why_not,
@@ -673,16 +689,16 @@ class TestGauge:
     def _observe(self, label: str, verdict: Verdict, samples: Samples) -> None:
         self.verdicts.append(verdict)
         # a speed-up belongs to the whole test: it is shown with the training that was asked for last
-        owner = self.trainings[-1].label if verdict.metric == "speedup_ratio" and self.trainings else label
+        owner = self.trainings[-1].label if verdict.metric in QUOTIENTS and self.trainings else label
         self.session.verdicts.append((self.test_id, owner, verdict))
-        if verdict.metric == "speedup_ratio":
+        if verdict.metric in QUOTIENTS:
             self._keep_speedup(samples)
 
     def _keep_speedup(self, samples: Samples) -> None:
         if self._speedups.setdefault(samples.metric, samples.values)[0] != samples.values[0]:
             raise ConfigurationError(
-                "Two different speed-ups are gated in one test",
-                expected="one, since a test has one baseline.speedup",
+                "Two different speed-ups or efficiencies are gated in one test",
+                expected="one, since a test has one baseline.speedup and one baseline.efficiency",
                 where=self.test_id,
             )
         self._speedups[samples.metric] = samples.values  # more rounds of the same

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from sparkgauge import ranks
 from sparkgauge.errors import BaselineError, ConfigurationError
 from sparkgauge.records import (
     PHASES,
@@ -53,7 +54,7 @@ DEFAULT_LABEL = "trained"
 LABELS_FIELD = "labels"
 """Field of a baseline's workload under which the workloads of other labels than ``trained`` are kept."""
 
-POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio", "reference_seconds")
+POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio", "efficiency_ratio", "reference_seconds")
 """Metrics of which a sample at or below zero was never measured."""
 
 COMPANIONS = ("reference_seconds", "cpu_seconds", "jvm_cpu_seconds", "driver_cpu_seconds")
@@ -148,6 +149,9 @@ def run_samples(run: RunRecord) -> dict[str, tuple[float, ...]]:
     samples.update(_where_all_have_it("jvm_cpu_seconds", [_jvm_cpu_seconds(one) for one in rounds]))
     samples.update(_where_all_have_it("driver_cpu_seconds", [one.driver_cpu_seconds for one in rounds]))
     samples.update(_where_all_have_it("reference_seconds", [_mean(one.reference_seconds) for one in rounds]))
+    if rounds and all(len(one.executors) > 1 for one in rounds):
+        samples["straggler_ratio"] = tuple(ranks.straggler_ratio(one) for one in rounds)
+        samples["exposed_fraction"] = tuple(ranks.exposed(one) for one in rounds)
     for name in ("runtime_seconds", "accuracy_fraction", "images_per_second"):
         samples[name] = tuple(getattr(one, name) for one in rounds)
     return samples

@@ -169,6 +169,11 @@ class BaselineView:
         """Return the stored speed-ups of the test."""
         return self._quantity("speedup_ratio", self._label)
 
+    @property
+    def efficiency(self) -> Any:
+        """Return the stored efficiencies of the test."""
+        return self._quantity("efficiency_ratio", self._label)
+
     def metric(self, name: str) -> Any:
         """Return the stored samples of any other metric."""
         return self._quantity(name, self._label)

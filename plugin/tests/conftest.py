@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from sparkgauge.adapters.tensorflow import launch
 from sparkgauge.channel import Address
@@ -23,6 +24,10 @@ from sparkgauge.report.progress import Progress
 from sparkgauge.rounds import run_round
 from sparkgauge.session import PREIMPORTS, GaugeSession, _portable
 from sparkgauge.workload import Workload
+
+# property tests fail for what they find, not for a busy machine that is slow to make examples
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 SPEC = ClusterSpec(
     executors=2,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import pytest
 
 from sparkgauge import executor
-from sparkgauge.adapters import barrier
-from sparkgauge.errors import ClusterError, TrainingError
+from sparkgauge.adapters import barrier, collective
+from sparkgauge.errors import ClusterError, MachineError, TrainingError
 from sparkgauge.job import Job
 from sparkgauge.rounds import run_round
 
@@ -104,3 +105,10 @@ def test_dynamic_allocation_is_refused(value: str) -> None:
 def test_a_gpu_training_without_gpus_is_refused(trainings: Any) -> None:
     with pytest.raises(TrainingError, match="device='gpu' was asked for, but Spark gave this executor no GPU"):
         _run(trainings, trains, device="gpu")
+
+
+def test_a_port_that_is_taken_is_named_with_who_wanted_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MachineError, match=rf"expected port {port} to be free.*on the driver"):
+            collective._listener("127.0.0.1", port)

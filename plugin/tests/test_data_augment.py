@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkgauge.data.augment import augmentation_parameters, crop_flip
+from sparkgauge.data.augment import augmentation_parameters, crop_flip, first_flips, reflected
 from sparkgauge.data.shards import Sampler
 from sparkgauge.data.streams import random_below
 from sparkgauge.errors import ConfigurationError
@@ -82,3 +82,15 @@ def test_crop_must_stay_inside(row: int, column: int, fits: bool) -> None:
 def test_random_below_covers_its_limits() -> None:
     words = np.array([0, 2**64 - 1], dtype=np.uint64)
     assert random_below(words, 9).tolist() == [0, 8]
+
+
+def test_a_reflected_border_continues_as_numpys_does() -> None:
+    images = np.random.default_rng(1).integers(0, 256, (3, 6, 5, 3), dtype=np.uint8)
+    expected = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    np.testing.assert_array_equal(reflected(images, 2), expected)
+
+
+def test_first_flips_are_half_of_the_images_and_the_seeds_own() -> None:
+    coins = first_flips(1, 10_000)
+    assert 0.47 < coins.mean() < 0.53
+    assert (coins == first_flips(1, 10_000)).all() and (coins != first_flips(2, 10_000)).any()

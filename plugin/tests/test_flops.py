@@ -10,7 +10,13 @@ from sparkgauge.models.flops import PRODUCTS, achieved_gflops, training_flops
 
 @pytest.mark.parametrize(
     ("model", "megaflops"),
-    [("cifar10_quick", 69.21), ("cifar10_full", 68.87), ("cifar10_tutorial", 105.30), ("resnet20", 242.42)],
+    [
+        ("cifar10_quick", 69.21),
+        ("cifar10_full", 68.87),
+        ("cifar10_tutorial", 105.30),
+        ("resnet20", 242.42),
+        ("speedrun", 707.78),
+    ],
 )
 def test_counted_work_per_image(model: str, megaflops: float) -> None:
     counted = training_flops(PRODUCTS[model])

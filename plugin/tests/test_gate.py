@@ -25,6 +25,7 @@ from sparkgauge.gate import (
     Policy,
     Samples,
     baseline_quantity,
+    efficiency,
     explain,
     explain_comparison,
     format_value,
@@ -652,3 +653,38 @@ def test_importing_the_gate_imports_nothing_heavy() -> None:
 def test_the_example_in_the_documentation_runs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
     exec(text.split("```python\n")[1].split("```")[0], {})
+
+
+@dataclass
+class Scaled:
+    """A training as far as an efficiency looks."""
+
+    images_per_second: Measurement
+    executors: int
+
+    @property
+    def workload(self) -> Scaled:
+        return self
+
+
+def _throughputs(*values: float) -> Samples:
+    return Samples(values, "images_per_second", "images/s", "higher")
+
+
+def test_efficiency_is_the_gain_over_the_executors_spent() -> None:
+    one, four = Scaled(Measurement(_throughputs(100.0, 80.0)), 1), Scaled(Measurement(_throughputs(360.0, 288.0)), 4)
+    found = efficiency(four, over=one)
+    assert (found.metric, found.better, found.unit) == ("efficiency_ratio", "higher", "x")
+    assert found.samples.values == pytest.approx((0.9, 0.9))
+    baseline = stored(Samples((0.9, 0.91, 0.89), "efficiency_ratio", "x", "higher"))
+    assert (found >= baseline).status == "match"
+    worse = Scaled(Measurement(_throughputs(200.0, 160.0)), 4)
+    assert (efficiency(worse, over=one) >= baseline).status == "regressed"
+
+
+@pytest.mark.parametrize("values", [(), (math.nan,), (0.0, 1.0)])
+def test_efficiency_of_nothing_is_refused(values: tuple[float, ...]) -> None:
+    good, bad = Scaled(Measurement(_throughputs(1.0, 2.0)), 1), Scaled(Measurement(_throughputs(*values)), 2)
+    for many, one in ((good, bad), (bad, good)):
+        with pytest.raises(NotMeasuredError):
+            efficiency(many, over=one)

@@ -17,8 +17,8 @@ import pytest
 from pyspark import cloudpickle
 
 from plugin.tests.plugin_runs import DATA, MACHINE, make_config, make_round
+from sparkgauge import efficiency, speedup
 from sparkgauge import session as sessions
-from sparkgauge import speedup
 from sparkgauge.config import GaugeConfig
 from sparkgauge.data import Dataset
 from sparkgauge.errors import BaselineError, ClusterError, ConfigurationError, NotMeasuredError
@@ -244,6 +244,15 @@ def test_a_speedup_is_stored_and_met(make: Callable[..., TestGauge]) -> None:
         verdict = speedup(fast, over=slow) >= gauge.baseline.speedup
         assert verdict.status == status
         assert gauge.session.verdicts[-1][1] == "slow"  # shown with the training asked for last
+        gauge.finish(passed=True)
+
+
+def test_an_efficiency_is_stored_beside_a_speedup_and_met(make: Callable[..., TestGauge]) -> None:
+    for update, status in (("new", "generated"), (None, "match")):
+        gauge = make(update=update)
+        one, two = quick(gauge, executors=1, label="one"), quick(gauge, label="two")
+        assert (speedup(two, over=one) >= gauge.baseline.speedup).status == status
+        assert (efficiency(two, over=one) >= gauge.baseline.efficiency).status == status
         gauge.finish(passed=True)
 
 

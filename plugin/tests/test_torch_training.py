@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-from sparkgauge.adapters.torch import launch
+from sparkgauge import ceiling, ranks
+from sparkgauge.adapters import barrier
+from sparkgauge.adapters.torch import by_hand, launch, worker
 from sparkgauge.adapters.torch.modules import torch_module
-from sparkgauge.errors import TrainingError, TrainingTimeout
+from sparkgauge.errors import ClusterError, TrainingError, TrainingTimeout
+from sparkgauge.job import Job
 from sparkgauge.records import PHASES, Round
 from sparkgauge.rounds import run_round
+from sparkgauge.session import _portable
 
 TEST_COUNT = 203
 _ROUNDS: dict[Any, Round] = {}
@@ -52,12 +60,29 @@ def test_phases_and_counts(quick: Any) -> None:
             assert record.phases.total == pytest.approx(done.runtime_seconds, rel=0.02)
             assert all(getattr(record.phases, phase) >= 0 for phase in PHASES)
             assert (record.phases.sync > 0) == (executors > 1)
+    assert ranks.straggler_ratio(quick(1)) == 1.0 and ranks.exposed(quick(1)) == 0.0
+    assert 1.0 <= ranks.straggler_ratio(quick(2)) <= 2.0 and 0.0 < ranks.exposed(quick(2)) < 1.0
 
 
-@pytest.mark.parametrize("model", ["resnet20", "cifar10_tutorial", "speedrun"])
+def test_bare_processes_train_the_same(quick: Any, trainings: Any) -> None:
+    bare = by_hand.run_by_hand(trainings.job(iterations=50, test_every=20), timeout_seconds=120)
+    assert [(p.step, p.train_loss, p.accuracy_fraction) for p in bare.curve] == [
+        (p.step, p.train_loss, p.accuracy_fraction) for p in quick(2).curve
+    ]
+
+
+def test_ceilings_are_measured_on_the_executors(trainings: Any) -> None:
+    context = trainings.cluster.spark.sparkContext
+    one, two = (ceiling.of_executors(context, executors, 1, "cpu") for executors in (1, 2))
+    assert one.precision == "float32"
+    for measured in (one, two):
+        assert 1 < measured.gemm_gflops < 100_000 and 0.1 < measured.memory_gigabytes_per_second < 10_000
+
+
+@pytest.mark.parametrize("model", ["resnet20", "cifar10_full", "cifar10_tutorial", "speedrun"])
 def test_models_do_not_depend_on_the_number_of_executors(trainings: Any, model: str) -> None:
     one, two = (_run(trainings, model=model, executors=n, iterations=4, global_batch=64) for n in (1, 2))
-    assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=1e-3)
+    assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=1e-4)
 
 
 def test_an_epoch_with_a_last_batch_smaller_than_the_number_of_executors(trainings: Any) -> None:
@@ -129,6 +154,68 @@ def learns_nothing(context: Any, shard: Any) -> None:
 def test_a_failing_function_is_named_with_its_executor(trainings: Any, fit: Any, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         _run(trainings, fit)
+
+
+def test_more_executors_than_slots_are_refused_at_once(trainings: Any) -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"expected 3, one for each executor, got 2 free of 2"):
+        _run(trainings, executors=3)
+    assert time.monotonic() - began < 5  # where Spark would wait without an end
+    assert _run(trainings, iterations=2).curve[-1].step == 2
+
+
+def test_slots_that_others_use_are_said(trainings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(barrier, "SLOT_SECONDS", 0.5)
+    context, reached = trainings.cluster.spark.sparkContext, context_file(trainings)
+    job = context.parallelize([0], 1).mapPartitions(functools.partial(occupies, str(reached)))
+    other = barrier.in_background(job.collect)
+    while not reached.exists():
+        time.sleep(0.02)
+    with pytest.raises(ClusterError, match="got 1 free of 2, 1 running other tasks"):
+        _run(trainings)
+    reached.unlink()
+    other.close()
+    assert _run(trainings, iterations=2).curve[-1].step == 2
+
+
+def context_file(trainings: Any) -> Path:
+    return Path(trainings.session.config.rootdir) / "reached"
+
+
+def occupies(path: str, rows: Any) -> Any:
+    import pathlib
+    import time
+
+    pathlib.Path(path).touch()
+    while pathlib.Path(path).exists():
+        time.sleep(0.02)
+    return rows
+
+
+def meets_another_version(job: Job, rank: int, peers: barrier.Peers) -> None:
+    worker.main(worker.Meeting(None, "1.0.0"), job, rank, peers)
+
+
+def has_no_torch(job: Job, rank: int, peers: barrier.Peers) -> None:
+    import sys
+
+    sys.modules["torch"] = None  # type: ignore[assignment]  # what import finds where it is not installed
+    worker.main(worker.Meeting(None, "2.13.0"), job, rank, peers)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (meets_another_version, "another PyTorch than the driver: expected torch 1.0.0, got torch "),
+        (has_no_torch, "PyTorch cannot be imported on an executor: expected torch 2.13.0"),
+    ],
+)
+def test_an_executor_with_another_torch_or_none_is_named(trainings: Any, entry: Any, said: str) -> None:
+    def launch_it(spark_context: Any, job: Job, *, job_group: str, check: Any) -> Any:
+        return barrier.launch(spark_context, job, job_group=job_group, check=check, entry=_portable(entry))
+
+    with pytest.raises(TrainingError, match=rf"Training failed on executor \d .*{re.escape(said)}"):
+        run_round(trainings.cluster.spark.sparkContext, trainings.job(), launch_it, timeout_seconds=60)
 
 
 def test_a_function_that_hangs_is_cancelled(trainings: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,11 @@ from sparkgauge.job import Job, Launched
 
 JOIN_SECONDS = 2.0
 """Given to the submitting thread to notice that its job has ended, which it does within milliseconds."""
+
+SLOT_SECONDS = 4.0
+"""Given to slots to become free: tasks of an earlier job that was cancelled take 2 s to go."""
+
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def launch(
     where executors may come and go.
     """
     refuse_dynamic_allocation(spark_context)
-    check()
+    await_slots(spark_context, job.executors, check)
 
     def submit() -> None:
         spark_context.setJobGroup(job_group, "sparkgauge: training round", interruptOnCancel=True)
@@ -90,6 +96,34 @@ def in_background(submit: Callable[[], None], close: Callable[[], None] = lambda
     thread: threading.Thread = InheritableThread(target=run, name="sparkgauge-stage", daemon=True)
     thread.start()
     return Launched(failure=lambda: failures[0] if failures else None, close=end)
+
+
+def await_slots(spark_context: Any, executors: int, check: Callable[[], None] = lambda: None) -> None:
+    """Return when ``executors`` tasks can start at once; ClusterError after SLOT_SECONDS.
+
+    Spark itself would try to start a stage of more tasks for minutes, and one whose slots are taken without an end.
+    """
+    until = time.monotonic() + SLOT_SECONDS
+    while True:
+        check()
+        total, taken = _slots(spark_context)
+        if total - taken >= executors:
+            return
+        if time.monotonic() > until or executors > total > 0 == taken:
+            raise ClusterError(
+                "Too few free task slots for a stage whose tasks must all start at once",
+                expected=f"{executors}, one for each executor",
+                actual=f"{total - taken} free of {total}" + (f", {taken} running other tasks" if taken else ""),
+                hint="Ask for fewer executors, give Spark more cores, or end what else runs in this session",
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _slots(spark_context: Any) -> tuple[int, int]:
+    """Return how many tasks can run at once, and how many do."""
+    scala = spark_context._jsc.sc()
+    total = int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
+    return total, sum(int(one.numRunningTasks()) for one in scala.statusTracker().getExecutorInfos())
 
 
 def refuse_dynamic_allocation(spark_context: Any) -> None:

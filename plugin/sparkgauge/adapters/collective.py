@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparkgauge.errors import MachineError
 from sparkgauge.job import Job
 
 LOOPBACK = "127.0.0.1"
@@ -54,13 +55,27 @@ def open_store(job: Job) -> Store | None:
         return None
     from torch.distributed import TCPStore
 
-    listener = socket.create_server((LOOPBACK if job.loopback else "0.0.0.0", 0), backlog=128)
+    listener = _listener(LOOPBACK if job.loopback else "0.0.0.0")
     port = int(listener.getsockname()[1])
     # without a listening socket of ours the store would bind every interface; it owns the descriptor from here on
     server = TCPStore(
         LOOPBACK, port, is_master=True, wait_for_workers=False, timeout=_meeting(), master_listen_fd=listener.detach()
     )
     return Store(StoreAddress(LOOPBACK if job.loopback else job.address.host, port), server)
+
+
+def _listener(host: str, port: int = 0) -> socket.socket:
+    """Return a listening socket; MachineError where the address is taken or not this machine's."""
+    try:
+        return socket.create_server((host, port), backlog=128)
+    except OSError as error:
+        raise MachineError(
+            "The driver cannot open the port at which the executors meet",
+            expected="a free port" if port == 0 else f"port {port} to be free",
+            actual=str(error),
+            where=f"{host}, on the driver",
+            hint="See what listens there with: ss -ltnp",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -121,12 +136,19 @@ class FlatGradients:
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
         self.bytes_reduced = 0
         """Payload handed to all-reduce so far."""
-        self.exposed_seconds = 0.0
-        """Waiting for all-reduces so far: slower executors and what the backward pass did not hide."""
+        self._waits = Stopwatch(self.flat.is_cuda)
         self._buckets = _buckets([p.numel() for p in parameters], bucket_bytes)
         self._waiting = [0] * len(self._buckets)
         self._started: list[Any] = []
         self._attach(parameters)
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Return the waiting for all-reduces so far: slower executors and what the backward pass did not hide.
+
+        On a GPU the host waits for the last of them.
+        """
+        return self._waits.seconds
 
     def clear(self) -> None:
         """Set all gradients to zero; call it before every backward pass."""
@@ -135,19 +157,17 @@ class FlatGradients:
         self._waiting = [len(members) for members, _ in self._buckets]
 
     def reduce(self) -> None:
-        """Return when the buffer holds the sums over all executors; every executor must call it."""
+        """Return when the buffer holds the sums over all executors (on a GPU: when that is queued).
+
+        Every executor must call it.
+        """
         if self._group is None:
             return
-        began = time.perf_counter()
-        while len(self._started) < len(self._buckets):  # all of them where there was no backward pass
-            self._start_next()
-        for work in self._started:
-            work.wait()
-        if self.flat.is_cuda:
-            import torch
-
-            torch.cuda.current_stream().synchronize()  # NCCL's wait() only orders the streams
-        self.exposed_seconds += time.perf_counter() - began
+        with self._waits:
+            while len(self._started) < len(self._buckets):  # all of them where there was no backward pass
+                self._start_next()
+            for work in self._started:
+                work.wait()  # NCCL's only orders the streams: no host waits for a GPU
 
     def _attach(self, parameters: Sequence[Any]) -> None:
         start = 0
@@ -174,24 +194,65 @@ class FlatGradients:
         self._started.append(dist.all_reduce(part, group=self._group, async_op=True))
 
 
-@dataclass
 class Exchange:
     """Small sums over the executors in the middle of a step, such as those of batch normalisation."""
 
-    group: Any
-    seconds: float = 0.0
-    bytes_reduced: int = 0
+    def __init__(self, group: Any, *, on_gpu: bool = False) -> None:
+        self.group = group
+        self.bytes_reduced = 0
+        self._waits = Stopwatch(on_gpu)
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the sums took so far; on a GPU the host waits for the last of them."""
+        return self._waits.seconds
 
     def sum_(self, values: Any) -> Any:
         """Return the tensor ``values`` after summing it over the executors in place."""
         if self.group is not None:
             import torch.distributed as dist
 
-            began = time.perf_counter()
-            dist.all_reduce(values, group=self.group)
-            self.seconds += time.perf_counter() - began
+            with self._waits:
+                dist.all_reduce(values, group=self.group)
             self.bytes_reduced += values.numel() * values.element_size()
         return values
+
+
+class Stopwatch:
+    """Adds up how long ``with`` blocks take: on a GPU between marks in its stream, which no host waits for."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._seconds = self._began = 0.0
+        self._marks: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        if self._on_gpu:
+            self._marks.append((self._mark(), None))
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._on_gpu:
+            self._marks[-1] = (self._marks[-1][0], self._mark())
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+    @property
+    def seconds(self) -> float:
+        """Return the sum so far; on a GPU after waiting for the last block's end."""
+        if self._marks:
+            self._marks[-1][1].synchronize()
+            self._seconds += sum(start.elapsed_time(end) for start, end in self._marks) / 1000
+            self._marks = []
+        return self._seconds
+
+    def _mark(self) -> Any:
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def all_reduce_(array: Any, group: Any) -> float:

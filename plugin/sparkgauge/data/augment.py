@@ -70,6 +70,23 @@ def shift_flip_parameters(seed: int, step: int, global_batch: int, shift: int) -
     )
 
 
+def first_flips(seed: int, count: int) -> NDArray[np.bool_]:
+    """Return whether each of ``count`` images is mirrored in the first epoch, where epochs take turns at it."""
+    return (random_words(Purpose.FLIP, seed, 0, count) >> np.uint64(63)).astype(np.bool_)
+
+
+def reflected(images: NDArray[np.uint8], shift: int) -> NDArray[np.uint8]:
+    """Return ``images`` (b, rows, columns, channels) with a border of ``shift`` pixels that mirrors them."""
+    rows, columns = (_mirrored(side, shift) for side in images.shape[1:3])
+    framed: NDArray[np.uint8] = images[:, rows[:, None], columns[None, :]]
+    return framed
+
+
+def _mirrored(side: int, shift: int) -> NDArray[np.int64]:
+    positions = np.abs(np.arange(-shift, side + shift))
+    return np.where(positions < side, positions, 2 * (side - 1) - positions)
+
+
 def padded(images: NDArray[np.uint8], shift: int, colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return ``images`` (b, rows, columns, channels) with a border of ``shift`` pixels of ``colour`` (channels,)."""
     count, rows, columns, channels = images.shape

@@ -8,7 +8,9 @@ Sources of the numbers (facts, restated):
 - ``cifar10_full``: ``examples/cifar10/cifar10_full_{train_test,solver,solver_lr1,solver_lr2}.prototxt`` of BVLC Caffe.
 - ``resnet20``: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2015), section 4.2.
 - ``speedrun``: this project's own, with ideas of Keller Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU"
-  (2024): whitening first layer, GELU, label smoothing, Nesterov momentum, triangular rate, flip at test time.
+  (2024): whitening first layer, identity initialisation, GELU, label smoothing, Nesterov momentum, fast biases,
+  triangular rate, lookahead, alternating flip, flip at test time. 15 epochs; a shorter ``iterations=`` keeps the shape
+  of the rate, so that a CPU can be given one or three epochs.
 """
 
 from __future__ import annotations
@@ -46,9 +48,21 @@ class Recipe:
     nesterov: bool = False
     label_smoothing: float = 0.0
     peak_fraction: float = 0.0
-    """Above 0: the rate rises linearly to ``learning_rates`` at this share of the training, then falls to 0."""
+    """Above 0: the rate rises linearly to ``learning_rates`` at this share of the training, then falls again."""
+    start_fraction: float = 0.0
+    """Of the peak's rate, before the first step."""
+    end_fraction: float = 0.0
+    """Of the peak's rate, after the last step."""
     test_flip: bool = False
     """Tested on each image and its mirror image together."""
+    reflected: bool = False
+    """Shifted images continue as their mirror image, not in the mean colour."""
+    alternating_flip: bool = False
+    """Each image is mirrored in every second epoch instead of half of the time."""
+    lookahead: bool = False
+    """Every five steps the weights go part of the way back to a slow average of themselves."""
+    bfloat16_on_gpu: bool = False
+    """Convolutions and dense layers in bfloat16 on a GPU; weights, sums and the CPU stay in float32."""
 
     def learning_rate(self, step: int, total: int | None = None) -> float:
         """Return the rate of ``step`` (0-based) of ``total`` (the recipe's own length by default)."""
@@ -56,7 +70,9 @@ class Recipe:
         if not self.peak_fraction:
             return rate
         done = (step + 0.5) / (total or self.iterations)
-        return rate * max(0.0, min(done / self.peak_fraction, (1 - done) / (1 - self.peak_fraction)))
+        if done < self.peak_fraction:
+            return rate * (self.start_fraction + (1 - self.start_fraction) * done / self.peak_fraction)
+        return rate * (self.end_fraction + (1 - self.end_fraction) * (1 - done) / (1 - self.peak_fraction))
 
 
 CIFAR10_QUICK = Recipe(
@@ -119,22 +135,28 @@ RESNET20 = Recipe(
 
 SPEEDRUN = Recipe(
     name="speedrun",
-    global_batch=500,
-    iterations=1000,
-    learning_rates=((0, 0.4),),
+    global_batch=1000,
+    iterations=750,
+    learning_rates=((0, 1.465),),
     momentum=0.85,
-    weight_decay=5e-4,
-    test_every=100,
+    weight_decay=0.00136,
+    test_every=150,
     input_size=32,
     augment=False,
     averaged=False,
-    train_flops_per_image=433_000_000,
+    train_flops_per_image=707_780_000,
     shift=2,
     channel_scaled=True,
     nesterov=True,
     label_smoothing=0.2,
     peak_fraction=0.23,
+    start_fraction=0.2,
+    end_fraction=0.07,
     test_flip=True,
+    reflected=True,
+    alternating_flip=True,
+    lookahead=True,
+    bfloat16_on_gpu=True,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (CIFAR10_QUICK, CIFAR10_FULL, CIFAR10_TUTORIAL, RESNET20, SPEEDRUN)}

@@ -9,6 +9,7 @@ from sparkgauge import selfcheck
 from sparkgauge.records import RunRecord
 from sparkgauge.report.baseline_notes import Collected, session_notes
 from sparkgauge.report.gpu_lines import gpu_lines, price_lines
+from sparkgauge.report.limit_lines import limit_lines, rank_lines
 from sparkgauge.report.reference import has_both_devices, reference_table, text_lines
 from sparkgauge.report.session_notes import family_lines, family_of, round_lines
 from sparkgauge.report.table import Row, phase_lines, render_table, row_from
@@ -32,8 +33,13 @@ def write_summary(reporter: Any, session: GaugeSession, *, verbose: bool, collec
         reporter.write_line("")
         reporter.write_line("where the time went (mean of rounds and executors):")
     for run in explained:
-        for line in [*phase_lines(run), *_other_side(session, run), *_where(session, run)]:
+        ranks = [f"  {line}" for line in rank_lines(run)]
+        for line in [*phase_lines(run), *ranks, *_other_side(session, run), *_where(session, run)]:
             reporter.write_line(f"  {line}")
+    if limits := [line for run in session.runs for line in limit_lines(run)]:
+        reporter.write_line("against the machine's ceilings:")
+    for line in limits:
+        reporter.write_line(f"  {line}")
     for line in [*family_lines(family_of(session.verdicts)), *round_lines(session.runs)]:
         reporter.write_line(line)
     for line in _gpu_section(session):

@@ -54,9 +54,9 @@ def launch(
 def launch_torchdistributor(spark_context: Any, job: Job, *, job_group: str, check: Callable[[], None]) -> Launched:
     """Do the same through ``pyspark.ml.torch.distributor.TorchDistributor``, to compare both."""
     why = "launcher='torchdistributor' needs packages that are not installed"
-    _require(("pandas", "pyarrow"), why, "pip install pandas pyarrow")
+    _require(("pandas", "pyarrow"), why, "Install them with: pip install 'pytest-sparkgauge[torchdistributor]'")
     barrier.refuse_dynamic_allocation(spark_context)
-    check()
+    barrier.await_slots(spark_context, job.executors, check)
     store, meeting = _open(job)
 
     def submit() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from sparkgauge.adapters.collective import Exchange, FlatGradients
+from sparkgauge.adapters.memory import keep_freed_memory
 from sparkgauge.adapters.torch.checkpoint import (
     module_state,
     random_states,
@@ -19,15 +20,16 @@ from sparkgauge.adapters.torch.checkpoint import (
     restore_random_state,
     restore_tensors,
 )
+from sparkgauge.adapters.torch.inputs import inputs_of
 from sparkgauge.adapters.torch.networks import WHITENING_IMAGES, Speedrun, build
-from sparkgauge.context import Context, Step
-from sparkgauge.data.augment import augmentation_parameters, crop_flip, padded, shift_flip_parameters
+from sparkgauge.adapters.torch.replay import Replayed
+from sparkgauge.context import CURVE_STEPS, Context, Step
 from sparkgauge.data.shards import Shard
 from sparkgauge.models.cifar10 import RECIPES, Recipe
 from sparkgauge.models.flops import achieved_gflops
 
-TEST_BATCH = 500
-"""Images per call when testing: large enough to fill a core, small enough for 1 GiB of executor memory."""
+TEST_BATCH = {"cpu": 500, "gpu": 2000}
+"""Images per call when testing: large enough to fill the device, small enough for 1 GiB of executor memory."""
 
 AVERAGE_DECAY = 0.9999
 """Upper bound of the moving average's decay (cifar10_tutorial)."""
@@ -46,7 +48,7 @@ def train(model: str, context: Context, shard: Shard) -> dict[str, float]:
     total = context.total_steps(shard)
     if (state := context.restore()) is not None:
         trainer.restore(state)
-    for step in context.steps(shard):
+    for step in context.steps(trainer.feed):
         trainer.step(step, recipe.learning_rate(step.index, total))
         if context.checkpoint_due:
             context.checkpoint(trainer.state())
@@ -72,13 +74,27 @@ class Trainer:
     def __init__(self, recipe: Recipe, context: Context, shard: Shard) -> None:
         self._recipe, self._context, self._shard = recipe, context, shard
         self._device = device_of(context)
-        self._exchange = Exchange(context.handle.group)
-        self._inputs = _Inputs(recipe, context, shard, self._device)
+        self._on_gpu = context.device == "gpu"
+        _set_up(self._on_gpu)
+        self._exchange = Exchange(context.handle.group, on_gpu=self._on_gpu)
+        self._inputs = inputs_of(recipe, context, shard, self._device)
         self._network = build(recipe, context.seed, self._exchange).to(self._device)
         if isinstance(self._network, Speedrun):
             self._network.prepare(self._inputs.normalised(shard.images[:WHITENING_IMAGES]))
         self._optimiser = Momentum(self._network, recipe, context.handle.group)
         self._averages = _Averages(self._optimiser.values) if recipe.averaged else None
+        self._lookahead = _Lookahead(self._state()) if recipe.lookahead else None
+        self._total = context.total_steps(shard)
+        self._kept: tuple[Any, int] = (0.0, 0)
+        self._moved_seconds = 0.0
+        # one process only: collectives inside a graph are not every version's to capture
+        alone_on_gpu = self._on_gpu and context.handle.group is None
+        self._update = Replayed(self._updated, self._state) if alone_on_gpu else self._updated
+
+    @property
+    def feed(self) -> Shard:
+        """Return what the steps take their batches from: the shard, or row numbers of what is on the GPU."""
+        return self._inputs.feed
 
     @property
     def reduced_bytes(self) -> int:
@@ -87,29 +103,61 @@ class Trainer:
 
     def step(self, step: Step, rate: float) -> None:
         """Run one training step on this executor's part of the global batch, which may be empty."""
-        waited = self._waited()
         self._network.train()
-        self._optimiser.gradients.clear()
-        logits = self._network(self._inputs.training(step))
-        labels = torch.from_numpy(step.labels).to(self._device, torch.int64)
-        smoothing = self._recipe.label_smoothing
-        loss_sum = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-        loss_sum.backward()
-        self._optimiser.step(rate, step.global_batch)
+        arguments = self._inputs.arguments(step)
+        scalars = torch.tensor([rate, step.global_batch])
+        scalars = scalars.pin_memory().to(self._device, non_blocking=True) if self._on_gpu else scalars.tolist()
+        loss_sum = self._update(scalars, *arguments)
         if self._averages is not None:
             self._averages.update(step.index)
-        self._context.record_loss(float(loss_sum.detach()))  # reading it waits for the device
-        if step.index:
-            self._context.move("compute", "sync", self._waited() - waited)
+        if self._lookahead is not None:
+            self._lookahead.update(step.index + 1, self._total)
+        self._kept = (self._kept[0] + loss_sum, self._kept[1] + len(step.labels))
+        done = step.index + 1
+        if not self._on_gpu or done % CURVE_STEPS == 0 or done == self._total:
+            self._report(moving=step.index > 0)
+
+    def _updated(self, scalars: Any, *arguments: Tensor) -> Tensor:
+        """Update the weights by one step; return this executor's loss, which a GPU may still be computing."""
+        self._optimiser.gradients.clear()
+        inputs, labels = self._inputs.batch(*arguments)
+        with self._precision():
+            logits = self._network(inputs)
+        smoothing = self._recipe.label_smoothing
+        loss_sum = functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        loss_sum.backward()
+        self._optimiser.step(scalars[0], scalars[1])
+        return loss_sum.detach()
+
+    def _report(self, *, moving: bool) -> None:
+        """Tell the context the losses and the waiting since the last report, waiting for the device."""
+        loss_sum, images = self._kept
+        self._kept = (0.0, 0)
+        self._context.record_loss(float(loss_sum), images)
+        waited = self._waited()
+        if moving:
+            self._context.move("compute", "sync", waited - self._moved_seconds)
+        self._moved_seconds = waited
+
+    def _precision(self) -> Any:
+        enabled = self._on_gpu and self._recipe.bfloat16_on_gpu
+        return torch.autocast("cuda", torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+    def _state(self) -> list[Tensor]:
+        """Return what a step changes: weights, momentum, and running statistics."""
+        buffers = [one for one in self._network.buffers() if one.is_floating_point()]
+        return [self._optimiser.values, self._optimiser.history, *buffers]
 
     def test(self) -> None:
         """Count the right answers on this executor's share of the test set."""
-        with self._context.phase("evaluate"), torch.no_grad():
+        if self._kept[1]:
+            self._report(moving=True)
+        with self._context.phase("evaluate"), torch.no_grad(), self._precision():
             self._network.eval()
             if self._averages is not None:
                 self._averages.swap()
             correct = tested = 0
-            for images, labels in self._shard.test_batches(TEST_BATCH):
+            for images, labels in self._shard.test_batches(TEST_BATCH[self._context.device]):
                 answers = self._logits(self._inputs.testing(images)).argmax(1).cpu().numpy()
                 correct += int((answers == labels).sum())
                 tested += len(labels)
@@ -129,7 +177,8 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         averages = {} if self._averages is None else {"averages": self._averages.shadows}
         buffers = {f"buffer {name}": buffer for name, buffer in self._network.named_buffers()}
-        return {"values": self._optimiser.values, "history": self._optimiser.history, **averages, **buffers}
+        slow = {} if self._lookahead is None else {f"slow {i}": one for i, one in enumerate(self._lookahead.slow)}
+        return {"values": self._optimiser.values, "history": self._optimiser.history, **averages, **slow, **buffers}
 
     def _logits(self, inputs: Tensor) -> Tensor:
         logits = self._network(inputs)
@@ -137,55 +186,6 @@ class Trainer:
 
     def _waited(self) -> float:
         return self._optimiser.gradients.exposed_seconds + self._exchange.seconds
-
-
-class _Inputs:
-    """Turns uint8 images into a network's input, as its recipe wants."""
-
-    def __init__(self, recipe: Recipe, context: Context, shard: Shard, device: Any) -> None:
-        self._recipe, self._context, self._shard, self._device = recipe, context, shard, device
-        self._mean = torch.from_numpy(shard.mean_image).permute(2, 0, 1)[None].to(device)
-        if recipe.channel_scaled:
-            # like the mean image, of the whole training set, so the same on every executor
-            channel_mean = shard.mean_image.mean((0, 1))
-            self._colour = np.rint(channel_mean).astype(np.uint8)
-            self._mean = torch.from_numpy(channel_mean)[None, :, None, None].to(device)
-            self._scale = 1 / torch.from_numpy(_deviations(shard.images))[None, :, None, None].to(device)
-
-    def training(self, step: Step) -> Tensor:
-        """Return this executor's part of the global batch, distorted the same at any number of executors."""
-        share = self._shard.sampler.share(step.index)
-        if self._recipe.shift:
-            shifts = shift_flip_parameters(self._context.seed, step.index, step.global_batch, self._recipe.shift)
-            own, framed = shifts.part(share), padded(step.images, self._recipe.shift, self._colour)
-            return self.normalised(crop_flip(framed, size=32, offsets=own.offsets, flips=own.flips))
-        if not self._recipe.augment:
-            return self.normalised(step.images)
-        size = self._recipe.input_size
-        own = augmentation_parameters(self._context.seed, step.index, step.global_batch, size).part(share)
-        images = self._pixels(crop_flip(step.images, size=size, offsets=own.offsets, flips=own.flips))
-        brightness, contrast = (
-            torch.from_numpy(values).to(self._device)[:, None, None, None] for values in (own.brightness, own.contrast)
-        )
-        images = images + brightness
-        channel_mean = images.mean((2, 3), keepdim=True)
-        return standardised((images - channel_mean) * contrast + channel_mean)
-
-    def testing(self, images: NDArray[np.uint8]) -> Tensor:
-        """Return test images, cropped to their centre where the network is smaller."""
-        edge = (images.shape[1] - self._recipe.input_size) // 2
-        centre = images[:, edge : images.shape[1] - edge, edge : images.shape[2] - edge]
-        return standardised(self._pixels(centre)) if self._recipe.augment else self.normalised(centre)
-
-    def normalised(self, images: NDArray[np.uint8]) -> Tensor:
-        """Return ``images`` minus the mean, scaled per channel where the recipe says so."""
-        pixels = self._pixels(images).sub_(self._mean)
-        return pixels.mul_(self._scale) if self._recipe.channel_scaled else pixels
-
-    def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
-        # a copy: torch refuses read-only arrays without a warning, and it is a sixtieth of a step
-        owned = torch.from_numpy(np.array(images, order="C"))
-        return owned.to(self._device).permute(0, 3, 1, 2).float()  # channels last in memory
 
 
 class Momentum:
@@ -200,18 +200,35 @@ class Momentum:
         self._rates = _spread(parameters, "rate_factor")
         self._decays = recipe.weight_decay * _spread(parameters, "decay_factor")
         self.history = torch.zeros_like(self.values)
+        self._known: tuple[Any, Any] = (None, None)
 
     @torch.no_grad()
-    def step(self, rate: float, global_batch: int) -> None:
-        """Sum the gradients over all executors and update every parameter by their mean."""
+    def step(self, rate: Any, global_batch: Any) -> None:
+        """Sum the gradients over all executors and update every parameter by their mean.
+
+        ``rate`` and ``global_batch`` are numbers, or on a GPU tensors that a captured graph reads anew each time.
+        """
         self.gradients.reduce()
-        change = torch.addcmul(self.gradients.flat / global_batch, self._decays, self.values)
-        change.mul_(self._rates).mul_(rate)
-        self.history.mul_(self._momentum).add_(change)
+        of_gradient, of_value = self._factors(rate, global_batch)
         if self._nesterov:
+            change = (self.gradients.flat * of_gradient).addcmul_(self.values, of_value)
+            self.history.mul_(self._momentum).add_(change)
             self.values.sub_(change).sub_(self.history, alpha=self._momentum)
         else:
+            self.history.mul_(self._momentum).addcmul_(self.gradients.flat, of_gradient)
+            self.history.addcmul_(self.values, of_value)
             self.values.sub_(self.history)
+
+    def _factors(self, rate: Any, global_batch: Any) -> tuple[Tensor, Tensor]:
+        """Return what multiplies each summed gradient and each value; rates change seldom in most recipes."""
+        if isinstance(rate, torch.Tensor):
+            rates = self._rates * rate
+            return rates / global_batch, rates * self._decays
+        if self._known[0] != (rate, global_batch):
+            rates = self._rates * rate
+            self._known = (rate, global_batch), (rates / global_batch, rates * self._decays)
+        factors: tuple[Tensor, Tensor] = self._known[1]
+        return factors
 
 
 class _Averages:
@@ -232,23 +249,42 @@ class _Averages:
         self.shadows.copy_(weights)
 
 
+class _Lookahead:
+    """Slow weights that the fast ones go back to, ever closer towards the end (Zhang et al. 2019, Jordan 2024)."""
+
+    EVERY = 5
+    STAY = 0.95**EVERY
+    """Share of the slow weights that an update leaves at the end of the training; before, with the cube of progress."""
+
+    def __init__(self, fast: list[Tensor]) -> None:
+        """Pull on weights and running statistics, not on the momentum that comes second."""
+        self._fast = [fast[0], *fast[2:]]
+        self.slow = [one.clone() for one in self._fast]
+
+    def update(self, done: int, total: int) -> None:
+        """Bring both together after ``done`` of ``total`` steps where it is time; the last word is the slow ones'."""
+        if done % self.EVERY == 0:
+            self._meet(self.STAY * (done / total) ** 3)
+        elif done == total:
+            self._meet(1.0)
+
+    def _meet(self, stay: float) -> None:
+        for slow, fast in zip(self.slow, self._fast, strict=True):
+            slow.lerp_(fast, 1 - stay)
+            fast.copy_(slow)
+
+
 def device_of(context: Context) -> Any:
     """Return the torch device of this executor."""
     return torch.device("cuda", 0) if context.device == "gpu" else torch.device("cpu")
 
 
-def standardised(images: Tensor) -> Tensor:
-    """Return each image with mean 0 and deviation 1, as tf.image.per_image_standardization does."""
-    count = images[0].numel() if len(images) else 1
-    mean = images.mean((1, 2, 3), keepdim=True)
-    deviation = images.std((1, 2, 3), keepdim=True, unbiased=False).clamp_min(count**-0.5)
-    return (images - mean) / deviation
-
-
-def _deviations(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the deviation of each channel over every tenth image: 150 MB need not be read to know three numbers."""
-    sample = images[:: max(1, len(images) // 5000)].reshape(-1, images.shape[3])
-    return sample.std(0, dtype=np.float64).astype(np.float32)
+def _set_up(on_gpu: bool) -> None:
+    """Set what holds for the whole process."""
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+    else:
+        keep_freed_memory()
 
 
 def _flatten(parameters: list[Any]) -> Tensor:
@@ -274,6 +310,7 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
     """Train the module that ``make`` returns by SGD with momentum on standardised images; return what it did."""
     torch.manual_seed(context.seed)  # the same initial weights on every executor
     device = device_of(context)
+    _set_up(context.device == "gpu")
     network = make().to(device, memory_format=torch.channels_last)
     trainable = [p for p in network.parameters() if p.requires_grad]
     gradients = FlatGradients(trainable, context.handle.group)
@@ -296,7 +333,7 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
             context.checkpoint(module_state(context, network, sgd))
     with context.phase("evaluate"), torch.no_grad():
         network.eval()
-        for images, truth in shard.test_batches(TEST_BATCH):
+        for images, truth in shard.test_batches(TEST_BATCH[context.device]):
             answers = network(_scaled(images, device)).argmax(1).cpu().numpy()
             context.record_test(int((answers == truth).sum()), len(truth))
     return {"reduced_bytes": float(gradients.bytes_reduced)}

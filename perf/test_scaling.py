@@ -1,0 +1,54 @@
+"""Does training still get faster with executors, and how much of them does it use?
+
+Strong scaling keeps the global batch, so that any number of executors does the same work; weak scaling keeps the batch
+of each executor. Both are gated as efficiencies: the quotient of throughputs over the quotient of executors.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from sparkgauge import efficiency
+from sparkgauge.workload import FRAMEWORKS
+
+AVAILABLE = [name for name, spec in FRAMEWORKS.items() if spec.module is not None]
+IN_CI = "torch"
+"""Profile ci has time for one framework; its rounds are the quickest to start."""
+
+
+@pytest.fixture
+def in_time(request, pytestconfig, framework):
+    """Skip what the profile has no time for: smoke measures no scaling, ci that of one framework."""
+    from sparkgauge.plugin import _session
+
+    profile = _session(pytestconfig).config.profile
+    strong_scaling = request.node.originalname == "test_strong"
+    if profile == "smoke" or (profile == "ci" and not (framework == IN_CI and strong_scaling)):
+        pytest.skip(f"no time for it in profile {profile}: --gauge-profile full")
+
+
+@pytest.fixture
+def counts(several_executors):
+    """Return one executor, two, and all of them."""
+    return sorted({1, 2, several_executors})
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("framework", AVAILABLE)
+def test_strong(train, baseline, counts, framework):
+    length = {"iterations": 60, "rounds": 3, "speedup_margin": 15}
+    runs = [train(framework, "cifar10_quick", executors=n, label=f"on-{n}", **length) for n in counts]
+    assert efficiency(runs[-1], over=runs[0]) >= baseline.efficiency
+    assert all(run.accuracy >= baseline[run.label].accuracy for run in runs)
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("framework", AVAILABLE)
+def test_weak(train, baseline, counts, framework):
+    length = {"iterations": 60, "rounds": 3, "speedup_margin": 15}
+    runs = [
+        train(framework, "cifar10_quick", executors=n, batch_size=100 * n, label=f"on-{n}", **length) for n in counts
+    ]
+    assert efficiency(runs[-1], over=runs[0]) >= baseline.efficiency

@@ -1,0 +1,62 @@
+"""Has PyTorch on Spark become slower, or does it learn worse?"""
+
+from __future__ import annotations
+
+import pytest
+
+MARGIN_PERCENT = 15
+"""As for TensorFlow: short rounds on a shared two-core machine leave 10 % undecided."""
+
+
+def test_cifar10_quick(train, baseline, brief):
+    # a third of the profile's length: its rounds are those of TensorFlow's row in half of the time
+    trained = train("torch", "cifar10_quick", runtime_margin=MARGIN_PERCENT, **brief(iterations=100))
+    assert trained.runtime <= baseline.runtime
+    assert trained.accuracy >= baseline.accuracy
+
+
+@pytest.mark.usefixtures("minutes")
+@pytest.mark.gauge(framework="torch", model="cifar10_tutorial", iterations=1000, runtime_margin=MARGIN_PERCENT)
+def test_cifar10_tutorial(trained, baseline):
+    assert trained.runtime <= baseline.runtime
+    assert trained.accuracy >= baseline.accuracy
+
+
+@pytest.mark.usefixtures("minutes")
+@pytest.mark.gauge(framework="torch", model="resnet20", iterations=400, runtime_margin=MARGIN_PERCENT)
+def test_resnet20(trained, baseline):
+    assert trained.runtime <= baseline.runtime
+    assert trained.accuracy >= baseline.accuracy
+
+
+@pytest.mark.usefixtures("minutes")
+@pytest.mark.gauge(framework="torch", model="speedrun", iterations=50, runtime_margin=MARGIN_PERCENT)
+def test_speedrun(trained, baseline):
+    # one epoch; the rate keeps its shape, so that an epoch is a whole training
+    assert trained.runtime <= baseline.runtime
+    assert trained.accuracy >= baseline.accuracy
+
+
+@pytest.mark.gauge(framework="torch", model="cifar10_quick", device="gpu", iterations=5000)
+def test_cifar10_quick_gpu(trained, baseline):
+    assert trained.runtime <= baseline.runtime
+    assert trained.accuracy >= baseline.accuracy
+
+
+@pytest.mark.gauge(framework="torch", model="cifar10_tutorial", device="gpu", iterations=3000)
+def test_cifar10_tutorial_gpu(trained, baseline):
+    assert trained.runtime <= baseline.runtime
+    assert trained.accuracy >= baseline.accuracy
+
+
+@pytest.mark.gauge(framework="torch", model="resnet20", device="gpu", iterations=2000)
+def test_resnet20_gpu(trained, baseline):
+    assert trained.runtime <= baseline.runtime
+    assert trained.accuracy >= baseline.accuracy
+
+
+@pytest.mark.gauge(framework="torch", model="speedrun", device="gpu", iterations=750)
+def test_speedrun_gpu(trained, baseline):
+    # a GPU trains the whole recipe in seconds, in every profile
+    assert trained.runtime <= baseline.runtime
+    assert trained.accuracy >= baseline.accuracy

@@ -1,0 +1,54 @@
+"""A training step on a GPU as a captured CUDA graph: one launch instead of a few hundred."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Tensor = Any
+StepFunction = Callable[..., Tensor]
+"""``(*arguments) -> loss``: changes weights and optimiser state in place; everything that varies is an argument."""
+
+WARM_UP_PASSES = 3
+"""Eager steps before a capture: libraries choose their kernels and allocate in them."""
+
+
+class Replayed:
+    """``step`` as a graph for each shape of its arguments, captured when a shape is first seen."""
+
+    def __init__(self, step: StepFunction, state: Callable[[], list[Tensor]]) -> None:
+        """``state`` returns the tensors that ``step`` changes; captures leave them as they were."""
+        self._step, self._state = step, state
+        self._graphs: dict[Any, _Graph] = {}
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """Return the loss of the step, which the GPU may still be computing."""
+        shape = tuple(tuple(argument.shape) for argument in arguments)
+        if shape not in self._graphs:
+            self._graphs[shape] = _Graph(self._step, arguments, self._state())
+        return self._graphs[shape].replay(arguments)
+
+
+class _Graph:
+    def __init__(self, step: StepFunction, arguments: tuple[Tensor, ...], state: list[Tensor]) -> None:
+        self._arguments = [argument.clone() for argument in arguments]
+        before = [tensor.clone() for tensor in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_PASSES):
+                step(*self._arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = step(*self._arguments)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+
+    def replay(self, arguments: tuple[Tensor, ...]) -> Tensor:
+        for own, given in zip(self._arguments, arguments, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._loss.clone()
