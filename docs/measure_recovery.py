@@ -177,7 +177,7 @@ def fit(context: Any, shard: Any) -> dict[str, float]:
     trainer = Trainer(recipe, context, shard)
     if (state := context.restore()) is not None:
         trainer.restore(state)
-    for step in context.steps(shard):
+    for step in context.steps(trainer.feed):
         if step.index == context.options.get("step"):
             _kill_soon(context)
         trainer.step(step, recipe.learning_rate(step.index, STEPS))
