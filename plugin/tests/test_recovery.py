@@ -119,7 +119,7 @@ def test_a_killed_executor_is_replaced_and_a_function_of_the_user_goes_on(
     train: Any, trainings: Any, tmp_path: Path
 ) -> None:
     options = {"killed": str(tmp_path / "killed")}
-    folder = (tmp_path / "through the JVM").as_uri()  # a scheme: Hadoop's file systems, by way of the driver
+    folder = (tmp_path / "through-the-JVM").as_uri()  # a scheme: Hadoop's file systems, by way of the driver
     done = train(_fit_in_numpy, iterations=40, options=options, folder=folder)
     # executor 0's share: 50 of every 100 images, and 500 of 1001 in an epoch
     assert done.metrics == {"images": 500 * 3 + 350, "indices": sum(range(40)), "first_step": 10}

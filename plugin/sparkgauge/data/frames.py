@@ -193,16 +193,17 @@ def _bring_one(frame: Any, layout: Layout, folder: Path, part: str, name: str, s
 
 
 def _groups(files: Sequence[str], layout: Layout) -> list[Group] | None:
-    """Return every row group of ``files`` with its place; None where a file has other columns than the first."""
+    """Return every row group of ``files`` with its place; None where a file lacks a column, or dots make names paths."""
     import pyarrow.parquet as pq
 
     from sparkgauge.data.rows import Group
 
+    columns = {layout.image_column, layout.label_column}
     groups: list[Group] = []
     first_row = 0
     for path in files:
         metadata = pq.read_metadata(path)
-        if not {layout.image_column, layout.label_column} <= set(metadata.schema.to_arrow_schema().names):
+        if any("." in name for name in columns) or not columns <= set(metadata.schema.to_arrow_schema().names):
             return None
         row = 0
         for index in range(metadata.num_row_groups):
@@ -287,7 +288,8 @@ def _receive(frame: Any, layout: Layout, images: Path, labels: Path) -> int:
 def _map_in_arrow(frame: Any, layout: Layout, function: Any, schema: str) -> Any:
     from pyspark.sql import functions
 
-    columns = [functions.col(f"`{name}`") for name in (layout.image_column, layout.label_column)]
+    names = {"image": layout.image_column, "label": layout.label_column}
+    columns = [functions.col(f"`{name}`").alias(kind) for kind, name in names.items()]
     with _light_workers(frame.sparkSession.sparkContext):
         return frame.select(*columns).mapInArrow(function, schema)
 
