@@ -193,7 +193,7 @@ def _bring_one(frame: Any, layout: Layout, folder: Path, part: str, name: str, s
 
 
 def _groups(files: Sequence[str], layout: Layout) -> list[Group] | None:
-    """Return every row group of ``files`` with its place; None where a column is missing, or its name would be a path."""
+    """Return every row group of ``files`` with its place; None where a column is missing, or its name has dots."""
     import pyarrow.parquet as pq
 
     from sparkgauge.data.rows import Group
