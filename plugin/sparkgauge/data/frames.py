@@ -215,7 +215,6 @@ def _groups(files: Sequence[str], layout: Layout) -> list[Group] | None:
 
 
 def _copy_parquet(frame: Any, layout: Layout, images: Path, labels: Path, groups: Sequence[Group]) -> int:
-
     count = sum(group.rows for group in groups)
     _reserve(images, count * layout.width)
     _reserve(labels, count)
