@@ -62,12 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="number of the first kill in the sequence")
+    parser.add_argument("--spares", type=int, default=1, help="executors that stand by, as in a session (default: 1)")
     wanted = parser.parse_args()
     machine = environment.capture(os.environ, java_version=str(find_java(os.environ).version))
     print(f"{environment.describe(machine)}; load {environment.load_average():.2f} at the start\n")
     kills = sequence(wanted.first + wanted.kills)[wanted.first :]
     with tempfile.TemporaryDirectory() as folder:
-        cluster = SparkCluster.start(ClusterSpec(2, 1, 1024, sys.executable, preimport=PREIMPORT, retries=1))
+        spec = ClusterSpec(2, 1, 1024, sys.executable, preimport=PREIMPORT, retries=1, spares=wanted.spares)
+        cluster = SparkCluster.start(spec)
         try:
             cluster.warm(2)
             launch.prepare()
@@ -175,7 +177,7 @@ def fit(context: Any, shard: Any) -> dict[str, float]:
     trainer = Trainer(recipe, context, shard)
     if (state := context.restore()) is not None:
         trainer.restore(state)
-    for step in context.steps(shard):
+    for step in context.steps(trainer.feed):
         if step.index == context.options.get("step"):
             _kill_soon(context)
         trainer.step(step, recipe.learning_rate(step.index, STEPS))

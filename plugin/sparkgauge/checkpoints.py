@@ -24,6 +24,9 @@ from sparkgauge.job import Job
 FORMAT = 1
 """Version of the tree's layout; another version is refused."""
 
+WRITE_BYTES = 8 * 1024 * 1024
+"""Handed to the JVM at a time: what crosses over is encoded as text."""
+
 KEPT = 2
 """Files that stay: the last one may be known to its writer alone when that is killed."""
 
@@ -161,7 +164,8 @@ class HadoopFolder:
         with self._translated(name):
             stream = self._system.create(part, True)
             try:
-                stream.write(content)
+                for start in range(0, len(content), WRITE_BYTES):
+                    stream.write(content[start : start + WRITE_BYTES])
             finally:
                 stream.close()
             self._system.delete(final, False)  # rename replaces nothing; only an earlier attempt's file can be there

@@ -326,6 +326,8 @@ class GaugeSession:
             preimport=self._preimports(),
             gpus=self._gpu_shares(device) if self._wants_gpus else (),
             retries=config.retries,
+            # one that stands by has no GPU: those are shared out among the others
+            spares=int(config.retries > 0 and config.embedded and not self._wants_gpus),
         )
         cluster = SparkCluster.start(spec, self.progress.message)
         try:

@@ -198,3 +198,11 @@ def test_package_folder_is_named_only_outside_site_packages(tmp_path: Path) -> N
 def test_logging_goes_to_the_file_or_to_stderr() -> None:
     assert "appender.main.fileName = /x/y.log" in conf.log4j_text("warn", Path("/x/y.log"))
     assert "SYSTEM_ERR" in conf.log4j_text("info", None)
+
+
+@pytest.mark.parametrize(("retries", "attempts"), [(0, "4"), (3, "4"), (4, "5")])
+def test_retries_are_attempts_of_a_stage_and_a_spare_is_one_more_executor(retries: int, attempts: str) -> None:
+    spec = conf.ClusterSpec(2, 3, 512, "python", retries=retries, spares=1)
+    made = conf.spark_conf(spec, secret="s", folder=Path("/f"), master_url="spark://h:1", package_folder=None)
+    assert made["spark.stage.maxConsecutiveAttempts"] == attempts
+    assert (made["spark.executor.instances"], made["spark.cores.max"], made["spark.task.cpus"]) == ("3", "9", "3")

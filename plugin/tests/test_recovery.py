@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def _fit_in_numpy(context: Any, shard: Any) -> dict[str, float]:
         if step.index == 14 and context.rank == 0 and not marker.exists():
             marker.touch()
             os.kill(jvm_above(), signal.SIGKILL)
+            time.sleep(60)  # this process dies with its parent, in a moment
     context.record_test(1, 1)
     return {"images": total[0], "indices": total[1], "first_step": first}
 
@@ -117,7 +119,7 @@ def test_a_killed_executor_is_replaced_and_a_function_of_the_user_goes_on(
     train: Any, trainings: Any, tmp_path: Path
 ) -> None:
     options = {"killed": str(tmp_path / "killed")}
-    folder = (tmp_path / "through the JVM").as_uri()  # a scheme: Hadoop's file systems, by way of the driver
+    folder = (tmp_path / "through-the-JVM").as_uri()  # a scheme: Hadoop's file systems, by way of the driver
     done = train(_fit_in_numpy, iterations=40, options=options, folder=folder)
     # executor 0's share: 50 of every 100 images, and 500 of 1001 in an epoch
     assert done.metrics == {"images": 500 * 3 + 350, "indices": sum(range(40)), "first_step": 10}
@@ -158,14 +160,15 @@ answer, folder = sys.argv[1:]
 
 def fit(context, shard):
     import os, signal, time
+    answer, again = context.options["answer"], context.restore() is not None
     for step in context.steps(shard):
         if context.checkpoint_due:
             context.checkpoint({"step": step.index})
-        if step.index == 3 and context.rank == 1 and not os.path.exists(context.options["answer"] + ".killed"):
-            open(context.options["answer"] + ".killed", "w").close()
+        if context.rank == 1 and not again and os.path.exists(answer + ".checkpoints"):
+            time.sleep(0.3)  # the driver hears of the checkpoint
             os.kill(os.getpid(), signal.SIGKILL)
-        if step.index > 3 and context.rank == 0:
-            open(context.options["answer"] + ".again", "w").close()
+        if context.rank == 0 and again:
+            open(answer + ".again", "w").close()
         time.sleep(0.1)
 
 cluster = SparkCluster.start(ClusterSpec(2, 1, 512, sys.executable))

@@ -69,6 +69,8 @@ class ClusterSpec:
     number counts there. Empty without GPUs."""
     retries: int = 0
     """Times that a barrier stage may be run again after it lost a task."""
+    spares: int = 0
+    """Further executors of an embedded cluster that stand by, warm, for one that is lost: a new one takes seconds."""
 
     def __post_init__(self) -> None:
         for name in ("executors", "cores_per_executor", "executor_memory_mebibytes"):
@@ -129,7 +131,7 @@ def spark_conf(
         **_addresses(spec.host),
         **_secrecy(secret),
         **_folders(folder),
-        **_executors(spec.executors, cores, memory),
+        **_executors(spec.executors + spec.spares, cores, memory),
         **_failure_detection(),
         **executor_environment(cores, spec.preimport, package_folder),
         f"spark.executorEnv.{PREIMPORT_FILE_VARIABLE}": str(preimport_file(folder)),

@@ -110,7 +110,7 @@ class SparkCluster:
         ClusterError names wanted and available slots: at once when ``count`` exceeds what the cluster was started
         with, otherwise after the timeout.
         """
-        if count > self.spec.executors:
+        if count > self._size:
             hint = f"Start it with --gauge-executors {count} or ask for fewer"
             raise self._too_few(count, self.spec.executors, "has", hint)
         if not standalone.wait_until(lambda: len(self._registered()) >= count, timeout_seconds, POLL_SECONDS):
@@ -122,7 +122,7 @@ class SparkCluster:
         """Return when every executor is there, waiting for lost ones to be relaunched; ClusterError when one is not."""
         if not standalone.wait_until(self._is_complete, timeout_seconds, POLL_SECONDS):
             count = len(self._registered())
-            raise self._too_few(self.spec.executors, count, f"were back within {timeout_seconds:g} s", self._log_hint())
+            raise self._too_few(self._size, count, f"were back within {timeout_seconds:g} s", self._log_hint())
 
     def kill_leftover_jobs(self, timeout_seconds: float = 15.0) -> None:
         """Cancel all jobs, wait until no task runs, and kill what tasks left behind; ClusterError when one stays."""
@@ -153,8 +153,12 @@ class SparkCluster:
         return True
 
     def warm(self, count: int) -> float:
-        """Return the seconds of a trivial job on ``count`` executors at once; Python daemons are up afterwards."""
+        """Return the seconds of a trivial job on ``count`` executors at once; Python daemons are up afterwards.
+
+        Executors that stand by take part: any of them may get a round's task.
+        """
         started = time.perf_counter()
+        count += self.spec.spares
         self.wait_for_executors(count)
         numbers = self.spark.sparkContext.parallelize(range(count), count)
         try:
@@ -192,6 +196,11 @@ class SparkCluster:
         guard.dismiss()
 
     @property
+    def _size(self) -> int:
+        """Return the executors that the cluster was started with, those that stand by included."""
+        return self.spec.executors + self.spec.spares
+
+    @property
     def _context(self) -> Any:
         return self.spark.sparkContext._jsc.sc()
 
@@ -214,8 +223,8 @@ class SparkCluster:
             self._progress("opening the Spark session")
             settings = self._settings(gateway, secret, master_url)
             self.spark = self._open_session(gateway, settings)
-        self._progress(f"waiting for {self.spec.executors} executors")
-        self.wait_for_executors(self.spec.executors, self._registration_seconds())
+        self._progress(f"waiting for {self._size} executors")
+        self.wait_for_executors(self._size, self._registration_seconds())
 
     def _registration_seconds(self) -> float:
         """Return how long executors may take: Spark lets an application wait forever for GPUs that nobody has."""
@@ -233,7 +242,7 @@ class SparkCluster:
         with open(self.folder / "logs" / "driver-console.log", "wb") as console:
             self._launch = _in_thread(_launch_gateway, console)
             if self._standalone:
-                self._progress(f"starting a Spark master and {self.spec.executors} workers")
+                self._progress(f"starting a Spark master and {self._size} workers")
                 master_url = self._standalone.start()
             else:
                 master_url = str(self.spec.master)
@@ -281,7 +290,7 @@ class SparkCluster:
         if self.kind != "external" and sys.platform == "linux":
             # Spark hears of a killed executor a moment after the kernel does.
             registered &= standalone.executor_processes(self.mark).keys()
-        return len(registered) >= self.spec.executors
+        return len(registered) >= self._size
 
     def _ensure_processes(self) -> None:
         if self.spark is None:

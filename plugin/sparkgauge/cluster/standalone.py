@@ -52,7 +52,7 @@ class StandaloneCluster:
         return self.url
 
     def _indices(self) -> range:
-        return range(self.spec.executors)
+        return range(self.spec.executors + self.spec.spares)
 
     def stop(self, timeout_seconds: float = 5.0) -> None:
         """End master and workers, whatever state they are in; a second call does nothing."""

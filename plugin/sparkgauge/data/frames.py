@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 NAME = "dataframe"
 """Name of the data set in records."""
 
+PACKAGES = ("pyarrow", "pandas")
+
 SPLIT_SEED = 0
 """``test_fraction`` takes the same rows in every run."""
 
@@ -42,7 +44,8 @@ SPLIT_ROWS = 8192
 
 INTEGERS = ("tinyint", "smallint", "int", "bigint")
 
-_PREIMPORT = "SPARKGAUGE_PREIMPORT"
+_LIGHT = {"SPARKGAUGE_PREIMPORT": "pyarrow,sparkgauge.data.rows", "SPARKGAUGE_PREIMPORT_FILE": ""}
+"""What tells the Python daemon behind Arrow functions to import no framework."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +73,15 @@ def is_frame(value: object) -> bool:
 
 
 def check_installed() -> None:
-    """Raise MachineError where pyarrow is missing: rows leave the JVM as Arrow batches."""
+    """Raise MachineError where pyarrow, or pandas, without which PySpark hands out no Arrow batches, is missing."""
     from importlib.util import find_spec
 
-    if find_spec("pyarrow") is None:
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise MachineError(
-            "A DataFrame as data needs a package that is not installed",
-            expected="pyarrow, here and where the executors run",
-            actual="none",
-            hint="Install it with: pip install 'pytest-sparkgauge[dataframes]'",
+            "A DataFrame as data needs packages that are not installed",
+            expected=f"{' and '.join(PACKAGES)}, here and where the executors run",
+            actual=f"no {' and no '.join(missing)}",
+            hint="Install them with: pip install 'pytest-sparkgauge[dataframes]'",
         )
 
 
@@ -190,16 +193,17 @@ def _bring_one(frame: Any, layout: Layout, folder: Path, part: str, name: str, s
 
 
 def _groups(files: Sequence[str], layout: Layout) -> list[Group] | None:
-    """Return every row group of ``files`` with its place; None where a file has other columns than the first."""
+    """Return every row group of ``files`` with its place; None where a column is missing, or its name has dots."""
     import pyarrow.parquet as pq
 
     from sparkgauge.data.rows import Group
 
+    columns = {layout.image_column, layout.label_column}
     groups: list[Group] = []
     first_row = 0
     for path in files:
         metadata = pq.read_metadata(path)
-        if not {layout.image_column, layout.label_column} <= set(metadata.schema.to_arrow_schema().names):
+        if any("." in name for name in columns) or not columns <= set(metadata.schema.to_arrow_schema().names):
             return None
         row = 0
         for index in range(metadata.num_row_groups):
@@ -211,17 +215,23 @@ def _groups(files: Sequence[str], layout: Layout) -> list[Group] | None:
 
 
 def _copy_parquet(frame: Any, layout: Layout, images: Path, labels: Path, groups: Sequence[Group]) -> int:
-
     count = sum(group.rows for group in groups)
-    for path, size in ((images, count * layout.width), (labels, count)):
-        with path.open("xb") as file:
-            file.truncate(size)
+    _reserve(images, count * layout.width)
+    _reserve(labels, count)
     context = frame.sparkSession.sparkContext
     tasks = _shares(groups, int(context.defaultParallelism))
     copy = functools.partial(_copy_share, str(images), str(labels), layout)
     problems = context.parallelize(tasks, len(tasks)).mapPartitions(copy).collect() if tasks else []
     _raise_first(problems)
     return count
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes and keep the disk's room for it where the system can: a full disk shows now."""
+    with path.open("xb") as file:
+        file.truncate(size)
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _copy_share(images: str, labels: str, layout: Layout, shares: Iterator[list[Group]]) -> Iterator[str]:
@@ -277,7 +287,8 @@ def _receive(frame: Any, layout: Layout, images: Path, labels: Path) -> int:
 def _map_in_arrow(frame: Any, layout: Layout, function: Any, schema: str) -> Any:
     from pyspark.sql import functions
 
-    columns = [functions.col(f"`{name}`") for name in (layout.image_column, layout.label_column)]
+    names = {"image": layout.image_column, "label": layout.label_column}
+    columns = [functions.col(f"`{name}`").alias(kind) for kind, name in names.items()]
     with _light_workers(frame.sparkSession.sparkContext):
         return frame.select(*columns).mapInArrow(function, schema)
 
@@ -285,15 +296,13 @@ def _map_in_arrow(frame: Any, layout: Layout, function: Any, schema: str) -> Any
 @contextlib.contextmanager
 def _light_workers(context: Any) -> Iterator[None]:
     """Let the Python process behind Arrow functions start without the frameworks, which are not needed there."""
-    before = context.environment.get(_PREIMPORT)
-    context.environment[_PREIMPORT] = "pyarrow,sparkgauge.data.rows"
+    before = dict(context.environment)
+    context.environment.update(_LIGHT)
     try:
         yield
     finally:
-        if before is None:
-            del context.environment[_PREIMPORT]
-        else:
-            context.environment[_PREIMPORT] = before
+        context.environment.clear()
+        context.environment.update(before)
 
 
 def _append(source: Path, target: Any) -> None:
