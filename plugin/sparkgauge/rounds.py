@@ -24,7 +24,11 @@ from sparkgauge.records import CurvePoint, ExecutorRecord, GpuState, MachineStat
 from sparkgauge.recovery import Attempts
 
 POLL_SECONDS = 0.05
-"""Between two looks at the Spark job while the executors are silent."""
+"""Longest wait for a message where something is expected any moment."""
+
+WATCH_SECONDS = 0.5
+"""Between two looks at the Spark job: each costs milliseconds of the cores that train. What executors say arrives at
+once; only what they cannot say any more is seen here."""
 
 CANCEL_SECONDS = 8.0
 """Given to a cancelled job to end (Spark kills a busy Python worker 2 s after the task's interruption)."""
@@ -161,9 +165,13 @@ class _Conversation:
 
     def await_results(self, failed: Callable[[], bool], reason: Callable[[], str | None]) -> None:
         """Return when every executor has sent its result; raises when the Spark job has ``failed`` before."""
+        look_at = 0.0
         while len(self._results) < self._job.executors:
-            self.pump(POLL_SECONDS)
-            if failed() or reason() is not None:  # what could not even be submitted is no job that fails
+            self.pump(POLL_SECONDS if self._gone else WATCH_SECONDS)
+            now = time.monotonic()
+            due = now >= look_at or bool(self._gone)
+            look_at = now + WATCH_SECONDS if due else look_at
+            if (due and failed()) or reason() is not None:  # what could not even be submitted is no job that fails
                 self._collect_late_errors()
                 raise self._spark_error(reason() or "Spark reports the job as failed")
 
@@ -278,8 +286,10 @@ class _Conversation:
             self._receive(POLL_SECONDS)
 
     def _lost(self) -> list[int]:
-        """Return the executors that left without a result and without an error of their own."""
-        return sorted(self._gone.keys() - {int(error["rank"]) for error in self._errors})
+        """Return the executors that left without a result and without an error of their own, the first to leave first:
+        Spark ends the others' tasks soon after."""
+        told = {int(error["rank"]) for error in self._errors}
+        return [rank for rank in self._gone if rank not in told]
 
     def _collect_late_errors(self) -> None:
         until = time.monotonic() + PEER_SECONDS
