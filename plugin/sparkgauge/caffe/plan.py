@@ -60,7 +60,7 @@ class Plan:
     passes: int = 1
     """Passes in which a global batch is computed, over all executors; their gradients are added."""
     superseded: tuple[str, ...] = ()
-    """Those of :data:`SUPERSEDED` that the file sets."""
+    """Those of :data:`SUPERSEDED` that a user's file sets."""
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -156,7 +156,7 @@ def read_plan(
         start_name="" if start is None else str(start),
         first_iteration=0 if state is None else state.iteration,
         passes=passes,
-        superseded=tuple(name for name in SUPERSEDED if _is_set(solver.message, name)),
+        superseded=tuple(name for name in SUPERSEDED if model is None and _is_set(solver.message, name)),
     )
 
 
