@@ -177,14 +177,18 @@ def _datafeed(rows: Path) -> Iterator[Callable[[], float]]:
         assert orders
         assert answers
 
+        def answer(kind: str) -> str:
+            for line in answers:
+                if line.startswith(kind):
+                    return line.removeprefix(kind)
+            raise SystemExit("the TensorFlowOnSpark process ended early")
+
         def once() -> float:
             orders.write("go\n")
             orders.flush()
-            for line in answers:
-                if line.startswith("rate "):
-                    return float(line.split()[1])
-            raise SystemExit("the TensorFlowOnSpark process ended early")
+            return float(answer("rate "))
 
+        answer("ready")  # nothing is measured while it starts
         yield once
         orders.close()  # the child stops its cluster and ends
 
@@ -206,6 +210,7 @@ def _serve_feed(rows: str) -> None:
         data = frame.rdd.map(lambda row: (bytes(row.image), row.label)).cache()
         data.count()  # reading Parquet is not what is measured
         nodes = TFCluster.run(context, _drain, {}, 2, 0, input_mode=TFCluster.InputMode.SPARK)
+        print("ready", flush=True)
         for _ in sys.stdin:
             began = time.perf_counter()
             context.parallelize(range(2), 2).foreachPartition(list)

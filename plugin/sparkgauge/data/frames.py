@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -289,7 +290,9 @@ def _map_in_arrow(frame: Any, layout: Layout, function: Any, schema: str) -> Any
 
     names = {"image": layout.image_column, "label": layout.label_column}
     columns = [functions.col(f"`{name}`").alias(kind) for kind, name in names.items()]
-    with _light_workers(frame.sparkSession.sparkContext):
+    with _light_workers(frame.sparkSession.sparkContext), warnings.catch_warnings():
+        # PySpark warns of pandas 3, of which nothing is used here
+        warnings.simplefilter("ignore", FutureWarning)
         return frame.select(*columns).mapInArrow(function, schema)
 
 
