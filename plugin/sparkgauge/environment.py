@@ -98,13 +98,26 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-.")
 
 
+_GENERATION = (("family", "cpu family"), ("model", "model"))
+
+
+def _field(text: str, key: str) -> str:
+    """Return the value of a line of /proc/cpuinfo, empty without one."""
+    match = re.search(rf"^{key}\s*:\s*(.*\S)", text, re.MULTILINE)
+    return " ".join(match[1].split()) if match else ""
+
+
 def cpu_model(root: Path = _ROOT) -> str:
-    """Return the processor's marketing name, ``unknown`` where nothing tells it."""
+    """Return the processor's marketing name, ``unknown`` where nothing tells it.
+
+    Virtual machines may hide its number ("AMD EPYC" is any of five generations): then family and model follow.
+    """
     text = _read(root / "proc/cpuinfo")
     # x86 says "model name", POWER "cpu", older ARM kernels "Hardware" or "Processor"; s390 numbers its processors
     for key in ("model name", "cpu model", "cpu", "Hardware", "Processor"):
-        if match := re.search(rf"^{key}\s*:\s*(.*\S)", text, re.MULTILINE):
-            return " ".join(match[1].split())
+        if name := _field(text, key):
+            numbers = [f"{label} {value}" for label, line in _GENERATION if (value := _field(text, line))]
+            return name if re.search(r"\d", name) else " ".join([name, *numbers])
     found = _tool(["sysctl", "-n", "machdep.cpu.brand_string"]) if sys.platform == "darwin" else None
     return found or platform.processor() or platform.machine() or "unknown"
 

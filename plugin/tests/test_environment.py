@@ -78,7 +78,9 @@ def test_hardware_class_is_always_a_folder_name(
 @pytest.mark.parametrize(
     ("cpuinfo", "model"),
     [
-        ("processor\t: 0\nmodel\t\t: 2\nmodel name\t: AMD   EPYC \n", "AMD EPYC"),
+        ("cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n", "AMD EPYC family 25 model 1"),
+        ("cpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Intel(R) Xeon(R) Gold 6230\n", "Intel(R) Xeon(R) Gold 6230"),
+        ("processor\t: 0\nmodel\t\t: 2\nmodel name\t: AMD   EPYC \n", "AMD EPYC model 2"),
         ("processor : 0\ncpu : POWER9, altivec supported\n", "POWER9, altivec supported"),
         ("processor : 0\nHardware : BCM2835\n", "BCM2835"),
     ],
