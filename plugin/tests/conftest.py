@@ -64,6 +64,12 @@ class SharedCluster:
             running.stop()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what shares the cluster first and together: modules with clusters of their own make it start anew."""
+    modules = {item.getparent(pytest.Module) for item in items if "shared_cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.getparent(pytest.Module) not in modules)
+
+
 @pytest.fixture(scope="session")
 def shared_cluster() -> Iterator[SharedCluster]:
     shared = SharedCluster()
