@@ -8,12 +8,14 @@ MARGIN_PERCENT = 15
 """As for TensorFlow: ten-second rounds on a shared two-core machine leave 10 % undecided."""
 
 
-@pytest.mark.gauge(framework="caffe", model="cifar10_quick", runtime_margin=MARGIN_PERCENT)
-def test_cifar10_quick(trained, baseline):
+def test_cifar10_quick(train, baseline, brief):
+    # a third of the profile's length, as PyTorch's row has it
+    trained = train("caffe", "cifar10_quick", runtime_margin=MARGIN_PERCENT, **brief(iterations=100))
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
 
 
+@pytest.mark.usefixtures("minutes")
 @pytest.mark.gauge(framework="caffe", model="cifar10_full", runtime_margin=MARGIN_PERCENT)
 def test_cifar10_full(trained, baseline):
     assert trained.runtime <= baseline.runtime
@@ -21,10 +23,10 @@ def test_cifar10_full(trained, baseline):
 
 
 @pytest.mark.usefixtures("real_caffe")
-@pytest.mark.gauge(
-    framework="caffe", engine="caffe", model="cifar10_quick", rounds=3, runtime_margin=MARGIN_PERCENT
-)  # each of its rounds takes three times as long as one of engine torch
-def test_cifar10_quick_by_caffe_itself(trained, baseline):
+def test_cifar10_quick_by_caffe_itself(train, baseline, brief):
+    # each of its rounds takes three times as long as one of engine torch
+    work = {"engine": "caffe", "rounds": 3, "runtime_margin": MARGIN_PERCENT, **brief(iterations=100)}
+    trained = train("caffe", "cifar10_quick", **work)
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
 
