@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from sparkgauge.adapters.tensorflow import networks, training
+from sparkgauge.adapters.tensorflow import networks, training, worker
+from sparkgauge.errors import MachineError
 from sparkgauge.models.cifar10 import CIFAR10_QUICK, CIFAR10_TUTORIAL, RECIPES, Recipe
 
 BATCH = 4
@@ -229,3 +231,16 @@ def test_the_averages_decay_is_short_at_first_and_bounded(index: int, decay: flo
 
 def _noise(shape: tuple[int, ...], seed: int = 5) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=tuple(shape)).astype(np.float32)
+
+
+def test_the_strategy_is_told_of_its_gpus_and_held_to_the_device() -> None:
+    node = SimpleNamespace(cluster_spec={"chief": ["127.0.0.1:1"]}, job_name="chief", task_index=0)
+    assert worker._resolver(tf, node, 2).num_accelerators() == {"GPU": 2}
+    assert worker._resolver(tf, node, 0).num_accelerators() == {}
+    place = "/job:chief/replica:0/task:0/device:{}:0"
+    for asked, used in (("cpu", "CPU"), ("gpu", "GPU")):
+        strategy = SimpleNamespace(extended=SimpleNamespace(worker_devices=(place.format(used),)))
+        worker._check_placement(strategy, SimpleNamespace(device=asked))  # type: ignore[arg-type]
+        other = "gpu" if asked == "cpu" else "cpu"
+        with pytest.raises(MachineError, match=f"expected device='{other}', got .*{used}:0"):
+            worker._check_placement(strategy, SimpleNamespace(device=other))  # type: ignore[arg-type]

@@ -49,18 +49,40 @@ def _strategy(job: Job, node: Any, addresses: tuple[str, ...]) -> Any:
         ) from error
     tf.config.threading.set_intra_op_parallelism_threads(job.threads)
     tf.config.threading.set_inter_op_parallelism_threads(max(1, job.threads // 4))
-    _check_device(tf, job)
-    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec(node.cluster_spec), task_type=node.job_name, task_id=node.task_index, rpc_layer="grpc"
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=_resolver(tf, node, _gpu_count(tf, job)))
+    _check_placement(strategy, job)
+    return strategy
+
+
+def _resolver(tf: Any, node: Any, gpus: int) -> Any:
+    """Return who this executor is; the strategy uses as many GPUs as it says, whatever TensorFlow sees."""
+    return tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec(node.cluster_spec),
+        task_type=node.job_name,
+        task_id=node.task_index,
+        rpc_layer="grpc",
+        num_accelerators={"GPU": gpus} if gpus else {},
     )
-    return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
 
 
-def _check_device(tf: Any, job: Job) -> None:
+def _check_placement(strategy: Any, job: Job) -> None:
+    """Raise MachineError where the strategy computes on another device than the job's: that must never be silent."""
+    devices = tuple(strategy.extended.worker_devices)
+    if not all(f"DEVICE:{job.device.upper()}:" in device.upper() for device in devices):
+        raise MachineError(
+            "TensorFlow's strategy computes on another device than was asked for",
+            expected=f"device={job.device!r}",
+            actual=", ".join(devices),
+            hint="TF_CPP_MIN_LOG_LEVEL=0 shows what TensorFlow finds",
+        )
+
+
+def _gpu_count(tf: Any, job: Job) -> int:
+    """Return the GPUs to compute on, none on the CPU; MachineError where the job wants them and there are none."""
     gpus = tf.config.list_physical_devices("GPU")
     if job.device == "cpu":
         tf.config.set_visible_devices([], "GPU")
-        return
+        return 0
     if not gpus:
         built = tf.sysconfig.get_build_info()
         version = built.get("cuda_version") if built.get("is_cuda_build") else None
@@ -73,3 +95,4 @@ def _check_device(tf: Any, job: Job) -> None:
         )
     for one in gpus:  # its default is to take all of the memory at once, whatever a batch needs
         tf.config.experimental.set_memory_growth(one, True)
+    return len(gpus)
