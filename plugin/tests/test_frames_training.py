@@ -19,6 +19,8 @@ from sparkgauge.data.frames import Frames, materialise
 from sparkgauge.errors import DataError
 from sparkgauge.workload import Workload
 
+pytestmark = pytest.mark.slow
+
 COUNT = 300
 
 

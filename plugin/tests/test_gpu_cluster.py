@@ -23,6 +23,8 @@ from sparkgauge.records import Round
 from sparkgauge.rounds import run_round
 from sparkgauge.session import _portable
 
+pytestmark = pytest.mark.slow
+
 PLAYED = [
     {"name": "A card", "uuid": "GPU-left", "power_watts": 100.0, "utilisation_fraction": 0.5, "driver": "580"},
     {"name": "A card", "uuid": "GPU-right", "power_watts": 200.0, "throttle_bits": 64, "xids": [31]},

@@ -24,6 +24,8 @@ from sparkgauge.job import Recovery
 from sparkgauge.records import Round
 from sparkgauge.rounds import run_round
 
+pytestmark = pytest.mark.slow
+
 ROOT = str(Path(conf.__file__).parents[2])
 
 
