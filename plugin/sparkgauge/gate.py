@@ -437,7 +437,7 @@ def explain_comparison(left: object, right: object) -> list[str] | None:
     for side in (left, right):
         if isinstance(side, Measurement) and side.verdict is not None:
             # pytest cuts an explanation at eight lines and 640 characters: the next command must not be what is cut
-            return [line for line in explain(side.verdict) if not line.startswith(("machine:", "where:"))]
+            return [line for line in explain(side.verdict) if not line.startswith(("machine:", "where:", "reason:"))]
     return None
 
 
@@ -451,7 +451,8 @@ def summary(verdict: Verdict) -> str:
         return f"{head} {_bounds_text(verdict)}, limit {format_value(verdict.limit, unit)}"
     change = f"{_change_name(verdict)} {_change_text(verdict)}, limit {_format_change(verdict, verdict.limit)}"
     counts = f"n = {verdict.candidate_count} against {verdict.baseline_count}"
-    where = f"; {verdict.where.partition(';')[0]}" if verdict.where else ""
+    explained, _, _ = verdict.where.partition(";")
+    where = f"; {explained}" if "explains it" in explained else ""
     return f"{head} against {format_value(verdict.expected, unit)}, {change} ({counts}){where}"
 
 
@@ -738,7 +739,7 @@ def _announce(measurement: Measurement, verdict: Verdict, observer: Observer | N
 _HINTS: dict[str, str] = {
     "match": "",
     "improved": "--gauge-update all stores the improvement, so that losing it again is noticed",
-    "regressed": "--gauge-update all accepts the change, if it is intended; the phases below say where the time went",
+    "regressed": "--gauge-update all accepts the change, if it is intended",
     "inconclusive": "take more rounds (--gauge-rounds, --gauge-max-rounds), use a quieter machine, or widen the margin",
     "missing": "--gauge-update new stores this run as the baseline",
     "not_comparable": "run with the baseline's data, profile and machine, or --gauge-update all replaces it",

@@ -345,7 +345,8 @@ def test_an_injected_slowdown_is_found(slowed: Finished) -> None:
     assert verdict["change_low"] > 1.1
     assert "compute explains it: +" in verdict["where"]
     assert "compute explains it: +" in text
-    assert "waiting or environment, not work" in verdict["where"]  # the slowdown sleeps
+    # the slowdown sleeps, which is never called work; three rounds of so little CPU time may leave it open
+    assert re.search("waiting or environment, not work|work or waiting cannot be told", verdict["where"])
     assert report["header"]["injections"] == {"compute": 60.0}
     # 3 steps of 30 ms each, times 60; the run itself says where the time went
     (run,) = [one for one in report["runs"] if one["test_id"].endswith("::test_gated")]

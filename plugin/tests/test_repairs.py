@@ -42,7 +42,7 @@ def fit(context: Any, shard: Any) -> Any:
         "probes_gpu": gpu_info.is_gpu_available(),
         "loopback_address": util.get_ip_address() == "127.0.0.1",
         "loopback_members": sum(address.startswith("127.0.0.1:") for address in members),
-        "gpus_shown": len(os.environ["CUDA_VISIBLE_DEVICES"]),
+        "gpus_shown": float(os.environ.get("CUDA_VISIBLE_DEVICES", "unset") != "-1"),
     }
 
 
