@@ -8,9 +8,8 @@ MARGIN_PERCENT = 15
 """As for TensorFlow: ten-second rounds on a shared two-core machine leave 10 % undecided."""
 
 
-def test_cifar10_quick(train, baseline, brief):
-    # a third of the profile's length, as PyTorch's row has it
-    trained = train("caffe", "cifar10_quick", runtime_margin=MARGIN_PERCENT, **brief(iterations=100))
+@pytest.mark.gauge(framework="caffe", model="cifar10_quick", runtime_margin=MARGIN_PERCENT)
+def test_cifar10_quick(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
 
@@ -23,10 +22,10 @@ def test_cifar10_full(trained, baseline):
 
 
 @pytest.mark.usefixtures("real_caffe")
-def test_cifar10_quick_by_caffe_itself(train, baseline, brief):
-    # each of its rounds takes three times as long as one of engine torch
-    work = {"engine": "caffe", "rounds": 3, "runtime_margin": MARGIN_PERCENT, **brief(iterations=100)}
-    trained = train("caffe", "cifar10_quick", **work)
+@pytest.mark.gauge(
+    framework="caffe", engine="caffe", model="cifar10_quick", rounds=3, runtime_margin=MARGIN_PERCENT
+)  # each of its rounds takes three times as long as one of engine torch
+def test_cifar10_quick_by_caffe_itself(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
 

@@ -8,9 +8,8 @@ MARGIN_PERCENT = 15
 """As for TensorFlow: short rounds on a shared two-core machine leave 10 % undecided."""
 
 
-def test_cifar10_quick(train, baseline, brief):
-    # a third of the profile's length: its rounds are those of TensorFlow's row in half of the time
-    trained = train("torch", "cifar10_quick", runtime_margin=MARGIN_PERCENT, **brief(iterations=100))
+@pytest.mark.gauge(framework="torch", model="cifar10_quick", runtime_margin=MARGIN_PERCENT)
+def test_cifar10_quick(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy
 

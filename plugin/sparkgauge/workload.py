@@ -70,11 +70,11 @@ class ProfileSpec:
 
 PROFILE_SPECS: dict[str, ProfileSpec] = {
     "smoke": ProfileSpec(iterations=30, rounds=2),
-    "ci": ProfileSpec(iterations=300, rounds=5),
+    "ci": ProfileSpec(iterations=100, rounds=5),
     "full": ProfileSpec(iterations=None, rounds=2),
 }
 
-CI_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 150, "resnet20": 75, "speedrun": 20}
+CI_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 60, "resnet20": 25, "speedrun": 10}
 """Length in profile ci where it is not the profile's: a tutorial step takes twice as long as a quick one."""
 
 FULL_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 10_000}

@@ -42,7 +42,7 @@ def fit(context: object, shard: object) -> dict[str, float]:
 def test_defaults_come_from_session_and_profile() -> None:
     found = read(QUICK)
     assert (found.device, found.executors, found.cores_per_executor, found.batch_size) == ("cpu", 4, 1, 100)
-    assert (found.iterations, found.epochs, found.rounds, found.warmup_rounds) == (300, None, 5, 0)
+    assert (found.iterations, found.epochs, found.rounds, found.warmup_rounds) == (100, None, 5, 0)
     assert (found.runtime_margin_fraction, found.accuracy_margin_fraction) == (0.10, 0.01)
     assert (found.timeout_seconds, found.seed, found.fn, found.data, found.test_every) == (600.0, 1, None, None, None)
 
@@ -51,7 +51,7 @@ def test_defaults_come_from_session_and_profile() -> None:
     ("profile", "model", "iterations", "rounds", "test_every"),
     [
         ("smoke", "cifar10_quick", 30, 2, None),
-        ("ci", "cifar10_tutorial", 150, 5, None),
+        ("ci", "cifar10_tutorial", 60, 5, None),
         ("full", "cifar10_quick", 5000, 2, 500),
         ("full", "cifar10_tutorial", 10_000, 2, 1000),
     ],
@@ -196,7 +196,7 @@ def test_every_executor_gets_an_image() -> None:
 
 def test_function_takes_the_models_place() -> None:
     found = read({**QUICK, "fn": fit, "options": {"width": 8, "sizes": (1, 2)}})
-    assert (found.model, found.fn, found.iterations, found.batch_size) == ("custom", fit, 300, 100)
+    assert (found.model, found.fn, found.iterations, found.batch_size) == ("custom", fit, 100, 100)
     assert found.options == {"width": 8, "sizes": [1, 2]}
     assert found.to_dict()["function"] == f"{__name__}:fit"
 
