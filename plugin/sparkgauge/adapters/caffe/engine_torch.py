@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from sparkgauge.adapters.caffe.layers import Pass, Shape
 from sparkgauge.adapters.caffe.layers.loss import Accuracy
 from sparkgauge.adapters.caffe.net import Net, Parameters, Recorder, fill_views
 from sparkgauge.adapters.caffe.solvers import build_solver
+from sparkgauge.adapters.memory import keep_freed_memory
 from sparkgauge.caffe import weights
 from sparkgauge.caffe.net import data_layer
 from sparkgauge.caffe.solver import current_step, learning_rate
@@ -28,8 +27,6 @@ TEST_BATCH = {"cpu": 250, "cuda": 2000}
 """Images per pass when testing: large enough to fill the device, small enough for 1 GiB of executor memory."""
 WARM_UP_PASSES = 3
 """Eager steps before a CUDA graph is captured: libraries choose and allocate in them."""
-KEEP_BYTES = 1 << 30
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 class TorchEngine:
@@ -353,16 +350,7 @@ def _set_up(device: str, threads: int) -> None:
     """Set what holds for the whole process: threads, full float32 precision, and a malloc that keeps its memory."""
     torch.set_num_threads(threads)
     if device == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
         return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks: by default it maps and faults in every activation anew in each step."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # musl has none
-            libc.mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
-            libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
