@@ -44,9 +44,10 @@ def main(
     train: executor.Train | None = None,
     open_shard: executor.OpenShard | None = None,
 ) -> None:
-    """Train ``job`` as executor ``rank``, by ``train`` and ``open_shard`` where another adapter gives them."""
-    if peers.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(peers.gpus)
+    """Train ``job`` as executor ``rank``, by ``train`` and ``open_shard`` where another adapter gives them.
+
+    The stage has let this process see the GPUs of ``peers`` and no others.
+    """
     with contextlib.ExitStack() as stack:
         guarded = _guarded(train or _training_function(job))
 
