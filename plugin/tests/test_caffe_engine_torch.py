@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="engine torch needs PyTorch")
 pytest.importorskip("google.protobuf", reason="reading prototxt needs protobuf")
 
+from sparkgauge.adapters import layout  # noqa: E402
 from sparkgauge.adapters.caffe.engine_torch import TEST_BATCH, TorchEngine  # noqa: E402
 from sparkgauge.caffe import net, schema, text  # noqa: E402
 from sparkgauge.errors import ConfigurationError, DataError, TrainingError  # noqa: E402
@@ -147,6 +148,56 @@ def test_blobs_change_nothing_and_carry_every_gradient() -> None:
     np.testing.assert_allclose(found.parameters["conv"][1], found.diff["conv"].sum((0, 2, 3)), rtol=1e-4)
     assert not found.parameters["fixed"][0].any()
     assert "data" not in found.diff
+
+
+BRANCHES = """
+name: "branches"
+layer { name: "data" type: "Data" top: "data" top: "label" data_param { source: "unused" batch_size: 8 } }
+layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
+  convolution_param { num_output: 6 kernel_size: 3 pad: 1 weight_filler { type: "xavier" } } }
+layer { name: "grouped" type: "Convolution" bottom: "conv" top: "grouped"
+  convolution_param { num_output: 4 kernel_size: 3 group: 2 weight_filler { type: "xavier" } } }
+layer { name: "leaky" type: "ReLU" bottom: "conv" top: "leaky" relu_param { negative_slope: 0.1 } }
+layer { name: "padded" type: "Pooling" bottom: "leaky" top: "padded"
+  pooling_param { pool: AVE kernel_size: 3 stride: 2 pad: 1 } }
+layer { name: "max" type: "Pooling" bottom: "conv" top: "max" pooling_param { kernel_size: 3 stride: 2 } }
+layer { name: "relu" type: "ReLU" bottom: "max" top: "max" }
+layer { name: "conv2" type: "Convolution" bottom: "max" top: "conv2"
+  convolution_param { num_output: 5 kernel_size: 2 bias_term: false weight_filler { type: "xavier" } } }
+layer { name: "ip" type: "InnerProduct" bottom: "conv2" top: "ip"
+  inner_product_param { num_output: 4 weight_filler { type: "gaussian" std: 0.3 } } }
+layer { name: "ip2" type: "InnerProduct" bottom: "padded" top: "ip2"
+  inner_product_param { num_output: 4 weight_filler { type: "gaussian" std: 0.3 } } }
+layer { name: "ip3" type: "InnerProduct" bottom: "grouped" top: "ip3"
+  inner_product_param { num_output: 4 weight_filler { type: "gaussian" std: 0.3 } } }
+layer { name: "accuracy" type: "Accuracy" bottom: "ip" bottom: "label" top: "accuracy" include { phase: TEST } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "label" top: "loss" }
+layer { name: "loss2" type: "SoftmaxWithLoss" bottom: "ip2" bottom: "label" top: "loss2" }
+layer { name: "loss3" type: "SoftmaxWithLoss" bottom: "ip3" bottom: "label" top: "loss3" }
+"""
+"""One convolution read by a grouped one, by a ReLU with a slope and by a pool: some take blocks, some do not."""
+
+
+@pytest.mark.parametrize("source", [NET, BRANCHES], ids=["chain", "branches"])
+def test_both_orders_in_memory_give_the_same_blobs_and_weights(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (images, labels), found, counts = batch(), [], []
+    for blocks in (True, False):
+        monkeypatch.setattr(layout, "prefers_blocks", lambda blocks=blocks: blocks)
+        subject = engine(SGD.replace("0.05", "1e-4") if source is BRANCHES else SGD, source)
+        blocked = {op.layer.name for op in subject._net.operations if op.layer.blocked}
+        expected = (
+            {"conv", "relu", "pool", "fixed", "max", "relu2"} if source is NET else {"conv", "max", "relu", "conv2"}
+        )
+        assert blocked == (expected if blocks else set())
+        blobs = subject.blobs(images, labels)
+        for _ in range(3):
+            subject.step(images, labels, global_batch=8)
+        found.append([{name: [array] for name, array in part.items()} for part in (blobs.data, blobs.diff)])
+        found[-1] += [blobs.parameters, subject.parameters()]
+        counts.append(subject.test(images, labels).correct)
+    for one, other in zip(*found, strict=True):
+        close(one, other, rtol=1e-4)
+    assert counts[0] == counts[1]
 
 
 def test_attached_images_give_the_same_step() -> None:

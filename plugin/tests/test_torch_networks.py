@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from sparkgauge.adapters import layout  # noqa: E402
 from sparkgauge.adapters.collective import Exchange, _buckets  # noqa: E402
 from sparkgauge.adapters.torch import inputs, networks, training, worker  # noqa: E402
 from sparkgauge.context import Step  # noqa: E402
@@ -48,6 +49,29 @@ def test_initial_weights_depend_on_the_seed_alone(recipe: Recipe) -> None:
         assert torch.equal(one, same)
         if one.ndim > 1 and not ((one == 0) | (one == 1)).all():  # identities are what they are
             assert not torch.equal(one, different)
+
+
+@pytest.mark.parametrize("batch", [7, 0])
+@pytest.mark.parametrize("name", ["cifar10_quick", "cifar10_full"])
+def test_both_orders_in_memory_give_the_same_gradients(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, results = RECIPES[name], []
+    images = _images(recipe, batch).contiguous(memory_format=torch.channels_last) * 100
+    for blocks in (True, False):
+        monkeypatch.setattr(layout, "prefers_blocks", lambda blocks=blocks: blocks)
+        network = networks.build(recipe, 1, ALONE)
+        logits = network(images)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(parameter.grad for parameter in network.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) if batch else 0)
+
+
+def test_only_float32_images_on_a_cpu_are_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "prefers_blocks", lambda: True)
+    images = torch.zeros(2, 3, 4, 4)
+    assert layout.blocked(images).layout is not torch.strided
+    assert torch.equal(layout.dense(layout.blocked(images)), images)
+    assert all(layout.blocked(other) is other for other in (images.double(), images[:0], images.to("meta")))
 
 
 def test_norm_within_channels_is_caffes() -> None:

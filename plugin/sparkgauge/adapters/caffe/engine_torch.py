@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparkgauge.adapters import layout
 from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount
 from sparkgauge.adapters.caffe.layers import Pass, Shape
 from sparkgauge.adapters.caffe.layers.loss import Accuracy
@@ -54,8 +55,11 @@ class TorchEngine:
         self._net = Net(train_net, input_shape, where)
         self._parameters = Parameters(self._net, seed, device)
         self._test_net = None if test_net is None else Net(test_net, input_shape, where)
-        for net in [self._net, *([self._test_net] if self._test_net else [])]:
-            net.fuse(convolutions=device == "cpu" and torch.backends.mkldnn.is_available())
+        for net in self._nets():
+            if device == "cpu" and layout.prefers_blocks():
+                net.block()
+            else:
+                net.fuse(convolutions=device == "cpu" and torch.backends.mkldnn.is_available())
         if self._test_net:
             self._test_net.share(self._net)
         self._solver = build_solver(solver, self._parameters)

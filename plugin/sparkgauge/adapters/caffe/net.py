@@ -18,6 +18,8 @@ from sparkgauge.adapters.caffe.layers import DATA_LAYERS, LAYERS, Layer, Pass, S
 from sparkgauge.adapters.caffe.layers.convolution import Convolution
 from sparkgauge.adapters.caffe.layers.elementwise import ReLU
 from sparkgauge.adapters.caffe.layers.loss import SoftmaxWithLoss
+from sparkgauge.adapters.caffe.layers.pooling import Pooling
+from sparkgauge.adapters.layout import blocked, dense
 from sparkgauge.errors import ConfigurationError, DataError
 
 Where = Callable[[str], str]
@@ -140,12 +142,39 @@ class Net:
             else:
                 op.layer.overwrite = not below.keeps_output
 
+    def block(self) -> None:
+        """Keep images in oneDNN's blocked order from convolution to convolution, through ReLUs and pools between."""
+        readers: dict[int, list[Layer]] = {}
+        for op in reversed(self.operations):
+            layer, on = op.layer, readers.get(op.tops[0], [])
+            if isinstance(layer, Convolution):
+                layer.blocked = layer.groups == 1
+            elif isinstance(layer, ReLU):
+                layer.blocked = not layer.slope
+            elif isinstance(layer, Pooling):
+                # its gradient must come in blocks: in any other order oneDNN's pools are slow
+                layer.blocked = layer.padding == (0, 0) and bool(on) and all(reader.blocked for reader in on)
+                layer.keeps_output = layer.blocked  # autograd has its gradient
+            for slot in op.bottoms:
+                readers.setdefault(slot, []).append(layer)
+        self._block_from_convolutions()
+        self.fuse(convolutions=False)
+
+    def _block_from_convolutions(self) -> None:
+        """Leave alone what no convolution hands blocks to."""
+        producers = {slot: op.layer for op in self.operations for slot in op.tops}
+        for op in self.operations:
+            if not isinstance(op.layer, Convolution) and op.layer.blocked:
+                below = producers.get(op.bottoms[0])
+                op.layer.blocked = below is not None and below.blocked
+
     def forward(self, images: Tensor, labels: Tensor, run: Pass, record: Record | None = None) -> Tensor:
         """Return the weighted loss of ``images`` (b, c, h, w) and ``labels`` (b,), a scalar; 0 without a loss layer."""
         slots: list[Any] = [images, labels, *[None] * (len(self.names) - 2)]
         loss: Tensor = images.new_zeros(())
         for op in self.operations:
-            tops = op.layer.forward([slots[slot] for slot in op.bottoms], run)
+            bottoms = [slots[slot] if op.layer.blocked else dense(slots[slot]) for slot in op.bottoms]
+            tops = op.layer.forward(bottoms, run)
             for slot, top in zip(op.tops, tops, strict=True):
                 slots[slot] = top
                 if record is not None:
@@ -160,12 +189,12 @@ class Net:
         """Add the weights' gradients of the last training pass to their buffers."""
         found: list[Any] = [None] * len(self.names)
         for op in reversed(self.operations):
-            tops = [found[slot] for slot in op.tops]
+            tops = [_laid_out(found[slot], op.layer) for slot in op.tops]
             is_loss = isinstance(op.layer, SoftmaxWithLoss) and op.layer.loss_weight
             if not is_loss and (tops[0] is None or not (op.needed or any(op.layer.wants))):
                 continue
             for slot, gradient in zip(op.bottoms, op.layer.backward(tops, op.needed, run), strict=False):
-                found[slot] = gradient if found[slot] is None else found[slot] + gradient
+                found[slot] = gradient if found[slot] is None else dense(found[slot]) + dense(gradient)
                 if record is not None:
                     record(slot, found[slot])
             for slot in op.tops:
@@ -274,6 +303,12 @@ def _view(flat: Tensor, shape: Shape) -> Tensor:
     return flat.view(out, height, width, within).permute(0, 3, 1, 2)
 
 
+def _laid_out(gradient: Tensor | None, layer: Layer) -> Tensor | None:
+    if gradient is None:
+        return None
+    return blocked(gradient) if layer.blocked else dense(gradient)
+
+
 def _copy(value: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = np.array(value.detach().cpu().numpy(), dtype=np.float32, order="C")
+    array: NDArray[Any] = np.array(dense(value).detach().cpu().numpy(), dtype=np.float32, order="C")
     return array

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from sparkgauge.adapters.collective import Exchange
+from sparkgauge.adapters.layout import blocked, dense
 from sparkgauge.models.cifar10 import CIFAR10_FULL, CIFAR10_QUICK, CIFAR10_TUTORIAL, RESNET20, SPEEDRUN, Recipe
 from sparkgauge.models.flops import speedrun_widths
 
@@ -81,9 +82,9 @@ class Quick(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (b, 10) of images minus the mean image (b, 3, 32, 32)."""
-        x = functional.relu(functional.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True))  # (b, 32, 16, 16)
-        x = functional.avg_pool2d(functional.relu(self.conv2(x)), 3, 2, ceil_mode=True)  # (b, 32, 8, 8)
-        x = functional.avg_pool2d(functional.relu(self.conv3(x)), 3, 2, ceil_mode=True)  # (b, 64, 4, 4)
+        x = functional.relu(functional.max_pool2d(self.conv1(blocked(x)), 3, 2, ceil_mode=True))  # (b, 32, 16, 16)
+        x = _average_pool(functional.relu(self.conv2(x)))  # (b, 32, 8, 8)
+        x = _average_pool(dense(functional.relu(self.conv3(x))))  # (b, 64, 4, 4)
         return self.ip2(self.ip1(x.flatten(1)))
 
 
@@ -99,11 +100,9 @@ class Full(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (b, 10) of images minus the mean image (b, 3, 32, 32)."""
-        x = functional.relu(functional.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True))  # (b, 32, 16, 16)
-        x = functional.relu(self.conv2(norm_within_channels(x)))
-        x = functional.avg_pool2d(x, 3, 2, ceil_mode=True)  # (b, 32, 8, 8)
-        x = functional.relu(self.conv3(norm_within_channels(x)))
-        x = functional.avg_pool2d(x, 3, 2, ceil_mode=True)  # (b, 64, 4, 4)
+        x = functional.relu(functional.max_pool2d(self.conv1(blocked(x)), 3, 2, ceil_mode=True))  # (b, 32, 16, 16)
+        x = _average_pool(functional.relu(self.conv2(norm_within_channels(dense(x)))))  # (b, 32, 8, 8)
+        x = _average_pool(functional.relu(self.conv3(norm_within_channels(x))))  # (b, 64, 4, 4)
         return self.ip1(x.flatten(1))
 
 
@@ -358,6 +357,11 @@ def norm_within_channels(x: Tensor, size: int = 3, alpha: float = 5e-5) -> Tenso
 
 def _wide(values: Tensor) -> Tensor:
     return values[None, :, None, None]
+
+
+def _average_pool(x: Tensor) -> Tensor:
+    """Return Caffe's average pool in ceil mode: over real pixels only."""
+    return functional.avg_pool2d(x, 3, 2, ceil_mode=True, count_include_pad=False)
 
 
 def _same_max_pool(x: Tensor) -> Tensor:

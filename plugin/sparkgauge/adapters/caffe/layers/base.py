@@ -59,8 +59,12 @@ class Layer:
     """Bottoms it takes."""
     outputs: ClassVar[tuple[int, ...]] = (1,)
     """Numbers of tops it may give."""
-    keeps_output: ClassVar[bool] = False
+    keeps_output = False
     """True if its output must survive a following in-place layer: backward reads it, or it is another blob."""
+
+    blocked = False
+    """Set by the net where images and gradients come and go in oneDNN's blocked order (CPU only); else they are
+    ordinary tensors. See :mod:`sparkgauge.adapters.layout`."""
 
     def __init__(self, message: Any, bottoms: list[Shape], where: str) -> None:
         self.message, self.name, self.where, self.bottoms = message, message.name, where, bottoms

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparkgauge.adapters.caffe.layers.base import Layer, Pass, Shape, Weight, channels_last
+from sparkgauge.adapters.layout import blocked
 
 aten: Any = torch.ops.aten
 
@@ -61,7 +62,7 @@ class Convolution(Layer):
 
     def forward(self, bottoms: list[Tensor], run: Pass) -> list[Tensor]:
         """Return the convolution plus bias."""
-        x = channels_last(bottoms[0])
+        x = self._laid_out(bottoms[0])
         self.saved = x if run.training else None
         weight, bias = self.blobs[0], self.blobs[1] if len(self.blobs) > 1 else None
         if self.fused_relu:
@@ -76,12 +77,15 @@ class Convolution(Layer):
         bias_shape = list(self.blobs[1].shape) if len(self.blobs) > 1 else None
         geometry = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
         found = aten.convolution_backward(
-            channels_last(gradients[0]), x, self.blobs[0], bias_shape, *geometry, [needed, *wants]
+            self._laid_out(gradients[0]), x, self.blobs[0], bias_shape, *geometry, [needed, *wants]
         )
         for target, gradient in zip(self.gradients, found[1:], strict=False):
             if gradient is not None:
                 target.add_(gradient)
         return [found[0]] if needed else []
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return blocked(images) if self.blocked else channels_last(images)
 
 
 class InnerProduct(Layer):

@@ -59,6 +59,8 @@ class Pooling(Layer):
 
     def forward(self, bottoms: list[Tensor], run: Pass) -> list[Tensor]:
         """Return the pooled values."""
+        if self.blocked:
+            return self._pool_blocks(bottoms[0], run)
         x = channels_last(bottoms[0])
         if self.average:
             self.saved = x.shape, x
@@ -72,6 +74,8 @@ class Pooling(Layer):
         if not needed:
             return []
         saved, self.saved = self.saved, None
+        if self.blocked:
+            return list(torch.autograd.grad(saved[1], saved[0], gradients))
         dy = channels_last(gradients[0])
         if self.average:
             geometry = (self.kernel, self.stride, self.padding, self.round_up, True, None)
@@ -79,3 +83,15 @@ class Pooling(Layer):
         x, places = saved
         windows = (self.kernel, self.stride, self.padding, (1, 1), self.round_up)
         return [aten.max_pool2d_with_indices_backward(dy, x, *windows, places)]
+
+    def _pool_blocks(self, x: Tensor, run: Pass) -> list[Tensor]:
+        """Return the pooled values of a blocked tensor, without padding; autograd has its gradient only."""
+        windows = (self.kernel, self.stride, 0)
+        with torch.set_grad_enabled(run.training):
+            leaf = x.detach().requires_grad_(run.training)
+            if self.average:
+                top = torch.nn.functional.avg_pool2d(leaf, *windows, self.round_up, count_include_pad=False)
+            else:
+                top = torch.nn.functional.max_pool2d(leaf, *windows, ceil_mode=self.round_up)
+        self.saved = leaf, top
+        return [top.detach()]
