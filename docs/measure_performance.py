@@ -31,6 +31,7 @@ from sparkgauge import environment, stats, store
 from sparkgauge.adapters.tensorflow import launch as tensorflow
 from sparkgauge.channel import Address
 from sparkgauge.cluster.conf import ClusterSpec
+from sparkgauge.cluster.daemon import QUICK_TENSORFLOW
 from sparkgauge.cluster.java import find_java
 from sparkgauge.cluster.spark import SparkCluster
 from sparkgauge.data import resolve
@@ -220,6 +221,8 @@ def _by_hand(job: Job) -> Round:
 def _train_by_hand(job: Job, rank: int, ports: list[int]) -> None:
     # the same limits that the executors' environment has
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="2")
+    for name, value in QUICK_TENSORFLOW.items():
+        os.environ.setdefault(name, value)
     from sparkgauge.adapters.tensorflow import worker
 
     addresses = [f"127.0.0.1:{port}" for port in ports]
