@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from plugin.tests.processes import lives
 from sparkgauge.cluster import conf, standalone, watchdog
 from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.java import find_java
@@ -156,6 +157,16 @@ def test_a_worker_with_a_wrong_secret_is_refused(cluster: SparkCluster, tmp_path
     assert len(cluster.executors) == 2
 
 
+def test_tensorflow_is_told_to_use_onednn(cluster: SparkCluster) -> None:
+    def told(_: Any) -> list[str | None]:
+        import os
+
+        return [os.environ.get("TF_ENABLE_ONEDNN_OPTS")]
+
+    expected = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")  # the user's own word stands
+    assert run(cluster, told) == [expected] * 2
+
+
 def test_a_second_session_in_the_process_is_refused(cluster: SparkCluster) -> None:
     with pytest.raises(ClusterError, match="has a Spark session already.*pytest -p no:spark"):
         SparkCluster.start(SPEC)
@@ -182,12 +193,13 @@ def test_leftover_jobs_and_their_processes_are_killed(cluster: SparkCluster, tmp
     outcomes: list[BaseException | None] = []
     thread = threading.Thread(target=lambda: outcomes.append(_failure_of(lambda: run(cluster, hang))))
     thread.start()
-    assert standalone.wait_until(lambda: all((tmp_path / name).exists() for name in "01"), 30)
-    children = [psutil.Process(int((tmp_path / name).read_text())) for name in "01"]
+    written = [tmp_path / name for name in "01"]
+    assert standalone.wait_until(lambda: all(path.exists() and path.read_text() for path in written), 30)
+    children = [psutil.Process(int(path.read_text())) for path in written]
     cluster.kill_leftover_jobs()
     thread.join(30)
     assert "cancelled" in str(outcomes[0])
-    assert standalone.wait_until(lambda: not any(_runs(child) for child in children), 10)
+    assert standalone.wait_until(lambda: not any(lives(child) for child in children), 10)
     assert run(cluster, lambda numbers: [sum(numbers)]) == [0, 1]
 
 
@@ -199,10 +211,6 @@ def _failure_of(call: Any) -> BaseException | None:
     return None
 
 
-def _runs(process: psutil.Process) -> bool:
-    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-
-
 def test_a_killed_executor_comes_back(cluster: SparkCluster) -> None:
     executors = standalone.executor_processes(cluster.mark)
     victim = sorted(executors)[0]
@@ -212,7 +220,7 @@ def test_a_killed_executor_comes_back(cluster: SparkCluster) -> None:
     names = [executor.id for executor in cluster.executors]
     assert len(names) == 2 and victim not in names
     assert cluster.warm(2) > 0
-    assert standalone.wait_until(lambda: not any(_runs(child) for child in family), 10)
+    assert standalone.wait_until(lambda: not any(lives(child) for child in family), 10)
 
 
 def test_a_task_that_ends_its_process_fails_the_job_and_nothing_else(cluster: SparkCluster) -> None:

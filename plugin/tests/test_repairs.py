@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from plugin.tests.processes import lives
 from sparkgauge.adapters.tensorflow import launch, repairs
 from sparkgauge.cluster import conf, standalone, watchdog
 from sparkgauge.errors import TrainingError
@@ -332,19 +333,11 @@ def test_a_process_that_asked_for_it_dies_with_its_parent(tmp_path: Path) -> Non
     process = subprocess.Popen([sys.executable, "-c", parent, child, str(pid_file)], env=environment)
     try:
         assert standalone.wait_until(lambda: pid_file.exists() and bool(pid_file.read_text()), 30)
-        pid = int(pid_file.read_text())
-        assert psutil.pid_exists(pid)
+        left = psutil.Process(int(pid_file.read_text()))
     finally:
         process.kill()
         process.wait()
-    assert standalone.wait_until(lambda: not _runs(pid), 5)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert standalone.wait_until(lambda: not lives(left), 5)
 
 
 def test_the_mark_of_our_processes_is_inherited(trainings: Any) -> None:
