@@ -13,35 +13,29 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
+from measuring import EXECUTORS, cluster, dataset, make_job
 
 from sparkgauge import stats
 from sparkgauge.adapters.caffe import entry, launch
 from sparkgauge.adapters.torch import launch as torch_launch
 from sparkgauge.caffe.plan import read_plan
 from sparkgauge.caffe.weights import read_weights
-from sparkgauge.channel import Address
-from sparkgauge.cluster.conf import ClusterSpec
-from sparkgauge.cluster.spark import SparkCluster
-from sparkgauge.data import Dataset, resolve
+from sparkgauge.data import Dataset
 from sparkgauge.data.cache import write_prepared
 from sparkgauge.data.layouts import Content
-from sparkgauge.job import Job
 from sparkgauge.models.caffe import path as shipped
 from sparkgauge.records import Round
 from sparkgauge.rounds import run_round
 from sparkgauge.session import PREIMPORTS
 
-EXECUTORS = 2
 TIMEOUT_SECONDS = 3600.0
 
 Run = Callable[..., Round]
@@ -60,7 +54,7 @@ def main() -> None:
     parser.add_argument("--save-to", default="", help="what the names of weights and state after full begin with")
     options = parser.parse_args()
     both = ["torch", "caffe"] if importlib.util.find_spec("caffe") else ["torch"]
-    with cluster(whole="full" in options.sections) as run:
+    with _rounds(whole="full" in options.sections) as run:
         for name in options.sections:
             for engine in [options.engine] if options.engine else both:
                 sections[name](run, engine, options)
@@ -148,45 +142,27 @@ def part_of(dataset: Dataset, folder: Path) -> Dataset:
 
 
 @contextmanager
-def cluster(*, whole: bool) -> Iterator[Run]:
+def _rounds(*, whole: bool) -> Iterator[Run]:
     """Give a function that runs one round on a cluster of two executors of one core."""
-    dataset = resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge")))
-    print(f"data: {dataset.identity.name} ({dataset.identity.kind})", file=sys.stderr)
-    scratch = tempfile.TemporaryDirectory()
-    if not whole:
-        dataset = part_of(dataset, Path(scratch.name) / "part")
+    data = dataset()
     launch.prepare()
-    spark = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS))
+    with tempfile.TemporaryDirectory() as scratch, cluster(PREIMPORTS["caffe"]) as running:
+        if not whole:
+            data = part_of(data, Path(scratch) / "part")
 
-    def run(engine: str, *, passes: int = 1, snapshot: Path | None = None, train: Any = None, **changes: Any) -> Round:
-        model = "cifar10_quick"
-        plan = read_plan(shipped(model), engine=engine, model=model, passes=passes, state_file=snapshot)
-        fields: dict[str, Any] = {
-            "address": Address("", 0, ""),
-            "model": plan.model,
-            "device": "cpu",
-            "epochs": None,
-            "global_batch": plan.batch,
-            "test_every": None,
-            "seed": 1,
-            "dataset_folder": str(dataset.folder),
-            "train_count": dataset.train_count,
-            "threads": 1,
-            "loopback": True,
-            "plan": plan,
-        }
-        job = Job(**{**fields, **changes})
-        start = launch.launch
-        if train is not None:
-            start = functools.partial(torch_launch.launch, train=train, open_shard=entry.open_shard)
-        return run_round(spark.spark.sparkContext, job, start, timeout_seconds=TIMEOUT_SECONDS)
+        def run(
+            engine: str, *, passes: int = 1, snapshot: Path | None = None, train: Any = None, **changes: Any
+        ) -> Round:
+            model = "cifar10_quick"
+            plan = read_plan(shipped(model), engine=engine, model=model, passes=passes, state_file=snapshot)
+            wanted = make_job(data, plan.model, 0, global_batch=plan.batch, plan=plan)
+            start = launch.launch
+            if train is not None:
+                start = functools.partial(torch_launch.launch, train=train, open_shard=entry.open_shard)
+            context = running.spark.sparkContext
+            return run_round(context, replace(wanted, **changes), start, timeout_seconds=TIMEOUT_SECONDS)
 
-    try:
-        spark.warm(EXECUTORS)
         yield run
-    finally:
-        spark.stop()
-        scratch.cleanup()
 
 
 if __name__ == "__main__":

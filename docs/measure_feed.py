@@ -10,7 +10,6 @@ runs. Prints Markdown.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import statistics
 import subprocess
@@ -21,13 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pooch
+from measuring import cluster, dataset, print_machine
 
-from sparkgauge import environment, stats
-from sparkgauge.cluster.conf import ClusterSpec
-from sparkgauge.cluster.java import find_java
+from sparkgauge import stats
 from sparkgauge.cluster.spark import SparkCluster
-from sparkgauge.data import frames, resolve
+from sparkgauge.data import frames
 from sparkgauge.data.rows import Layout
 from sparkgauge.data.shards import Shard
 
@@ -44,19 +41,13 @@ def main() -> None:
     if sys.argv[1:2] == ["--feed"]:
         _serve_feed(sys.argv[2])
         return
-    machine = environment.capture(os.environ, java_version=str(find_java(os.environ).version))
-    print(f"{environment.describe(machine)}; load {environment.load_average():.2f} at the start\n")
+    print_machine()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_parquet(folder / "rows")
-        spec = ClusterSpec(2, 1, 1024, sys.executable, preimport=("numpy", "pyarrow.parquet", "sparkgauge.data.rows"))
-        cluster = SparkCluster.start(spec)
-        try:
-            cluster.warm(2)
-            with _datafeed(folder / "rows") as feed:
-                measure(cluster, folder, feed)
-        finally:
-            cluster.stop()
+        preimport = ("numpy", "pyarrow.parquet", "sparkgauge.data.rows")
+        with cluster(preimport) as running, _datafeed(folder / "rows") as feed:
+            measure(running, folder, feed)
 
 
 def write_parquet(folder: Path) -> None:
@@ -65,7 +56,7 @@ def write_parquet(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge"))).open()
+    arrays = dataset().open()
     images = np.asarray(arrays.train_images).reshape(-1)
     offsets = np.arange(0, len(images) + 1, LAYOUT.width, dtype=np.int32)
     column = pa.Array.from_buffers(pa.binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(images)])
@@ -75,9 +66,9 @@ def write_parquet(folder: Path) -> None:
         pq.write_table(table, folder / f"{number}.parquet", compression="snappy", row_group_size=10_000)
 
 
-def measure(cluster: SparkCluster, folder: Path, feed: Callable[[], float]) -> None:
+def measure(running: SparkCluster, folder: Path, feed: Callable[[], float]) -> None:
     """Take every road in turn and print its rate, net of the start of a job that does nothing."""
-    scan = cluster.spark.read.parquet((folder / "rows").as_uri())
+    scan = running.spark.read.parquet((folder / "rows").as_uri())
     derived = scan.where("label >= 0")  # not a bare scan: its rows go through the JVM
     assert frames.local_parquet_files(scan)
     assert not frames.local_parquet_files(derived)
@@ -200,13 +191,11 @@ def _serve_feed(rows: str) -> None:
     # the feed's tasks look for the manager that an earlier task of the same worker process has started
     conf.REQUIRED = {name: item for name, item in conf.REQUIRED.items() if name != "spark.python.worker.reuse"}
     settings = {"spark.python.daemon.module": "pyspark.daemon", "spark.python.worker.reuse": "true"}
-    cluster = SparkCluster.start(ClusterSpec(2, 1, 1024, sys.executable, extra=settings))
-    try:
-        cluster.warm(2)
+    with cluster((), extra=settings) as running:
         from tensorflowonspark import TFCluster
 
-        context = cluster.spark.sparkContext
-        frame = cluster.spark.read.parquet(Path(rows).as_uri()).limit(FEED_ROWS).repartition(2)
+        context = running.spark.sparkContext
+        frame = running.spark.read.parquet(Path(rows).as_uri()).limit(FEED_ROWS).repartition(2)
         data = frame.rdd.map(lambda row: (bytes(row.image), row.label)).cache()
         data.count()  # reading Parquet is not what is measured
         nodes = TFCluster.run(context, _drain, {}, 2, 0, input_mode=TFCluster.InputMode.SPARK)
@@ -218,8 +207,6 @@ def _serve_feed(rows: str) -> None:
             nodes.train(data, num_epochs=1)  # returns when the last row has been taken out of the queue
             print(f"rate {FEED_ROWS / (time.perf_counter() - began - 2 * start)}", flush=True)
         nodes.shutdown()
-    finally:
-        cluster.stop()
 
 
 def _drain(arguments: Any, context: Any) -> None:

@@ -21,27 +21,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pooch
+import measuring
+from measuring import EXECUTORS, dataset, interleave, print_machine, ratio
 
-from sparkgauge import environment, stats, store
+from sparkgauge import store
 from sparkgauge.adapters.tensorflow import launch as tensorflow
-from sparkgauge.channel import Address
-from sparkgauge.cluster.conf import ClusterSpec
+from sparkgauge.adapters.torch.by_hand import NoSpark
 from sparkgauge.cluster.daemon import QUICK_TENSORFLOW
-from sparkgauge.cluster.java import find_java
 from sparkgauge.cluster.spark import SparkCluster
-from sparkgauge.data import resolve
 from sparkgauge.data.dataset import Dataset
 from sparkgauge.job import Job, Launched
 from sparkgauge.records import Round
 from sparkgauge.rounds import run_round
 from sparkgauge.session import PREIMPORTS
 
-EXECUTORS = 2
 OVERHEAD_PAIRS, OVERHEAD_STEPS = 8, 300
 LAUNCH_PAIRS = 6
 COLLECT_PAIRS = 30
@@ -54,50 +52,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", choices=[*sections, []], help="default: all")
     wanted = parser.parse_args().sections or list(sections)
-    machine = environment.capture(os.environ, java_version=str(find_java(os.environ).version))
-    print(f"{environment.describe(machine)}; load {environment.load_average():.2f} at the start\n")
+    print_machine()
     for name in wanted:
         sections[name]()
 
 
 def overhead() -> None:
     """Print the training throughput inside Spark over that of the same two processes started by hand."""
-    dataset = _dataset()
+    data = dataset()
     with _cluster() as cluster:
-        inside = lambda: _on_spark(cluster, _job(dataset, OVERHEAD_STEPS))  # noqa: E731
-        by_hand = lambda: _by_hand(_job(dataset, OVERHEAD_STEPS))  # noqa: E731
+        inside = lambda: _on_spark(cluster, _job(data, OVERHEAD_STEPS))  # noqa: E731
+        by_hand = lambda: _by_hand(_job(data, OVERHEAD_STEPS))  # noqa: E731
         inside()
-        pairs = _interleave(inside, by_hand, OVERHEAD_PAIRS)
+        pairs = interleave(inside, by_hand, OVERHEAD_PAIRS)
     spark, bare = ([one.images_per_second for one in side] for side in pairs)
-    ratio = stats.ratio_interval(bare, spark, confidence=0.95, paired=True)
     print("| training throughput, cifar10_quick, 2 x 1 core | images/s (median) | n |\n| --- | --- | --- |")
     print(f"| executors of Spark | {statistics.median(spark):,.0f} | {len(spark)} |")
     print(f"| the same two processes started by hand | {statistics.median(bare):,.0f} | {len(bare)} |")
-    print(f"| Spark / by hand | {_interval(ratio)} | {len(bare)} pairs |")
+    print(f"| Spark / by hand | {ratio(bare, spark)} | {len(bare)} pairs |")
     # the same ratio without what the machine's other guests take: CPU seconds vary less than wall seconds
     spent = [[store.cpu_seconds(one) for one in side] for side in pairs]
-    cpu = stats.ratio_interval(spent[0], spent[1], confidence=0.95, paired=True)
-    print(
-        f"| CPU seconds of the training processes, by hand / Spark | {_interval(cpu)} | {len(bare)} pairs |\n",
-        flush=True,
-    )
+    cpu = ratio(spent[0], spent[1])
+    print(f"| CPU seconds of the training processes, by hand / Spark | {cpu} | {len(bare)} pairs |\n", flush=True)
 
 
 def launch() -> None:
     """Print our launch phase beside TensorFlowOnSpark's own run + shutdown of an empty function."""
-    dataset = _dataset()
+    data = dataset()
     with _cluster() as cluster, _plain_tensorflowonspark() as plain:
-        _on_spark(cluster, _job(dataset, 2))
+        _on_spark(cluster, _job(data, 2))
         plain()
         ours: list[float] = []
         whole: list[float] = []
         theirs: list[float] = []
         for _ in range(LAUNCH_PAIRS):
-            one = _on_spark(cluster, _job(dataset, 2))
+            one = _on_spark(cluster, _job(data, 2))
             ours.append(max(executor.phases.launch for executor in one.executors))
             whole.append(ours[-1] + max(executor.phases.collect for executor in one.executors))
             theirs.append(plain())
-    ratio = stats.ratio_interval(theirs, whole, confidence=0.95, paired=True)
     print("| launch on a warm session, 2 executors | seconds (median) | min - max | n |\n| --- | --- | --- | --- |")
     for name, values in (
         ("launch phase: test call to first training step", ours),
@@ -105,14 +97,14 @@ def launch() -> None:
         ("plain TFCluster.run + shutdown, empty function", theirs),
     ):
         print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} - {max(values):.2f} | {len(values)} |")
-    print(f"| (launch + collect) / plain | {_interval(ratio)} | | {len(theirs)} pairs |\n", flush=True)
+    print(f"| (launch + collect) / plain | {ratio(theirs, whole)} | | {len(theirs)} pairs |\n", flush=True)
 
 
 def agreement() -> None:
     """Print how far the losses of one and two executors are apart after 50 steps on the same order of images."""
-    dataset = _dataset()
+    data = dataset()
     with _cluster() as cluster:
-        one, two = (_on_spark(cluster, _job(dataset, 50, executors=count)) for count in (1, 2))
+        one, two = (_on_spark(cluster, _job(data, 50, executors=count)) for count in (1, 2))
     first, second = one.curve[0].train_loss, two.curve[0].train_loss
     apart = abs(first - second) / first
     print("| mean loss of steps 1-50 | 1 executor | 2 executors | relative difference |\n| --- | --- | --- | --- |")
@@ -127,7 +119,7 @@ def collect() -> None:
         loaded = lambda: _seconds([*command, *_load_plugin()], folder)  # noqa: E731
         without = lambda: _seconds([*command, "-p", "no:sparkgauge"], folder)  # noqa: E731
         loaded(), without()
-        with_plugin, bare = _interleave(loaded, without, COLLECT_PAIRS)
+        with_plugin, bare = interleave(loaded, without, COLLECT_PAIRS)
     added = [a - b for a, b in zip(with_plugin, bare, strict=True)]
     print("| pytest --collect-only, whole process | milliseconds (median) | n |\n| --- | --- | --- |")
     print(f"| without the plugin | {statistics.median(bare) * 1000:.0f} | {len(bare)} |")
@@ -147,56 +139,13 @@ def _seconds(command: list[str], folder: str) -> float:
     return time.perf_counter() - began
 
 
-def _interleave(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> tuple[list[Any], list[Any]]:
-    """Return the results of both in pairs, the order turned round in every second pair (A B, B A, ...)."""
-    results: tuple[list[Any], list[Any]] = ([], [])
-    for turn in range(pairs):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            results[side].append((a, b)[side]())
-    return results
-
-
-def _interval(interval: stats.Interval) -> str:
-    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}] at {interval.confidence:.0%}"
-
-
-def _dataset() -> Dataset:
-    dataset = resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge")))
-    print(f"data: {dataset.identity.name} ({dataset.identity.kind}) {dataset.identity.digest[:12]}", file=sys.stderr)
-    return dataset
-
-
-@contextlib.contextmanager
-def _cluster() -> Iterator[SparkCluster]:
+def _cluster() -> AbstractContextManager[SparkCluster]:
     tensorflow.prepare()
-    cluster = SparkCluster.start(_spec(PREIMPORTS["tensorflow"]))
-    try:
-        cluster.warm(EXECUTORS)
-        yield cluster
-    finally:
-        cluster.stop()
+    return measuring.cluster(PREIMPORTS["tensorflow"])
 
 
-def _spec(preimport: tuple[str, ...], **extra: str) -> ClusterSpec:
-    return ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=preimport, extra=extra)
-
-
-def _job(dataset: Dataset, steps: int, executors: int = EXECUTORS) -> Job:
-    return Job(
-        address=Address("", 0, ""),
-        executors=executors,
-        model="cifar10_quick",
-        device="cpu",
-        iterations=steps,
-        epochs=None,
-        global_batch=100,
-        test_every=None,
-        seed=1,
-        dataset_folder=str(dataset.folder),
-        train_count=dataset.train_count,
-        threads=1,
-        loopback=True,
-    )
+def _job(data: Dataset, steps: int, executors: int = EXECUTORS) -> Job:
+    return measuring.make_job(data, "cifar10_quick", steps, executors=executors)
 
 
 def _on_spark(cluster: SparkCluster, job: Job) -> Round:
@@ -215,7 +164,7 @@ def _by_hand(job: Job) -> Round:
             processes[-1].start()
         return Launched(failure=lambda: None, close=lambda: [one.join() for one in processes] and None)
 
-    return run_round(_NoSpark(), job, start, timeout_seconds=TIMEOUT_SECONDS)
+    return run_round(NoSpark(), job, start, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def _train_by_hand(job: Job, rank: int, ports: list[int]) -> None:
@@ -235,19 +184,6 @@ def _train_by_hand(job: Job, rank: int, ports: list[int]) -> None:
         mgr=SimpleNamespace(shutdown=lambda: None),
     )
     worker.main({"job": dataclasses.replace(job)}, node)
-
-
-class _NoSpark:
-    """Stands where a round expects a SparkContext: there is no job to watch or to cancel."""
-
-    def statusTracker(self) -> _NoSpark:
-        return self
-
-    def getJobIdsForGroup(self, group: str) -> list[int]:
-        return []
-
-    def cancelJobGroup(self, group: str) -> None:
-        """Do nothing."""
 
 
 def _free_port() -> int:
@@ -281,10 +217,7 @@ def _plain_tensorflowonspark() -> Iterator[Callable[[], float]]:
 
 def _serve_plain() -> None:
     """Form and end one plain TensorFlowOnSpark cluster per line of standard input."""
-    settings = {"spark.python.daemon.module": "pyspark.daemon"}
-    cluster = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, extra=settings))
-    try:
-        cluster.warm(EXECUTORS)
+    with measuring.cluster((), extra={"spark.python.daemon.module": "pyspark.daemon"}) as cluster:
         from tensorflowonspark import TFCluster
 
         for _ in sys.stdin:
@@ -294,8 +227,6 @@ def _serve_plain() -> None:
             )
             nodes.shutdown()
             print(f"seconds {time.perf_counter() - began}", flush=True)
-    finally:
-        cluster.stop()
 
 
 def _nothing(arguments: Any, context: Any) -> None:

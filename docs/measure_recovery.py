@@ -16,7 +16,6 @@ import os
 import random
 import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -25,17 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pooch
+from measuring import cluster, dataset, make_job, print_machine
 
-from sparkgauge import environment
 from sparkgauge.adapters.torch import launch
-from sparkgauge.channel import Address
-from sparkgauge.cluster.conf import ClusterSpec
-from sparkgauge.cluster.java import find_java
 from sparkgauge.cluster.spark import SparkCluster
-from sparkgauge.data import resolve
-from sparkgauge.data.dataset import Dataset
-from sparkgauge.job import Job, Recovery
+from sparkgauge.job import Recovery
 from sparkgauge.records import Round
 from sparkgauge.rounds import run_round
 
@@ -64,18 +57,11 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first kill in the sequence")
     parser.add_argument("--spares", type=int, default=1, help="executors that stand by, as in a session (default: 1)")
     wanted = parser.parse_args()
-    machine = environment.capture(os.environ, java_version=str(find_java(os.environ).version))
-    print(f"{environment.describe(machine)}; load {environment.load_average():.2f} at the start\n")
+    print_machine()
     kills = sequence(wanted.first + wanted.kills)[wanted.first :]
-    with tempfile.TemporaryDirectory() as folder:
-        spec = ClusterSpec(2, 1, 1024, sys.executable, preimport=PREIMPORT, retries=1, spares=wanted.spares)
-        cluster = SparkCluster.start(spec)
-        try:
-            cluster.warm(2)
-            launch.prepare()
-            measure(cluster, Path(folder), kills, wanted.first)
-        finally:
-            cluster.stop()
+    launch.prepare()
+    with tempfile.TemporaryDirectory() as folder, cluster(PREIMPORT, retries=1, spares=wanted.spares) as running:
+        measure(running, Path(folder), kills, wanted.first)
 
 
 def sequence(count: int) -> list[Kill]:
@@ -87,19 +73,19 @@ def sequence(count: int) -> list[Kill]:
     ]
 
 
-def measure(cluster: SparkCluster, folder: Path, kills: list[Kill], first: int) -> None:
+def measure(running: SparkCluster, folder: Path, kills: list[Kill], first: int) -> None:
     """Run every kill, undisturbed runs around and between them, and print a row for each."""
-    run(cluster, folder, None)  # the first round of a session is slower
-    calm = [run(cluster, folder, None) for _ in range(2)]
+    run(running, folder, None)  # the first round of a session is slower
+    calm = [run(running, folder, None) for _ in range(2)]
     step_seconds = statistics.median(calm[0].executors[0].step_seconds)
     print("| kill | of | executor | after step | went on from | runtime, s | same weights |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rounds = []
     for number, kill in enumerate(kills, first):
         if number > first and number % 5 == 0:
-            calm.append(run(cluster, folder, None))
-        done = run(cluster, folder, kill)
-        cluster.ensure_alive()
+            calm.append(run(running, folder, None))
+        done = run(running, folder, kill)
+        running.ensure_alive()
         rounds.append(done)
         same = done.metrics["weights_crc"] == calm[0].metrics["weights_crc"]
         resumed = done.invalid.partition("went on from ")[2].partition(";")[0] or "NOT RETRIED"
@@ -139,30 +125,13 @@ def report(kills: list[Kill], rounds: list[Round], calm: list[Round], step_secon
             print(f"| {what} | {statistics.median(seconds):.2f} | {span} | {len(seconds)} | {within} |")
 
 
-def run(cluster: SparkCluster, folder: Path, kill: Kill | None) -> Round:
+def run(running: SparkCluster, folder: Path, kill: Kill | None) -> Round:
     """Return a round that ``kill`` happens to."""
-    dataset = _dataset()
     marker = folder / f"killed-{time.monotonic_ns()}"
     options = {} if kill is None else {**vars(kill), "marker": str(marker)}
-    job = Job(
-        address=Address("", 0, ""),
-        executors=2,
-        model="custom",
-        device="cpu",
-        iterations=STEPS,
-        epochs=None,
-        global_batch=100,
-        test_every=None,
-        seed=1,
-        dataset_folder=str(dataset.folder),
-        train_count=dataset.train_count,
-        threads=1,
-        loopback=True,
-        fn=fit,
-        options=options,
-        recovery=Recovery(1, EVERY, str(folder / f"checkpoints-{marker.name}")),
-    )
-    return run_round(cluster.spark.sparkContext, job, launch.launch, timeout_seconds=TIMEOUT_SECONDS)
+    recovery = Recovery(1, EVERY, str(folder / f"checkpoints-{marker.name}"))
+    wanted = make_job(dataset(), "custom", STEPS, fn=fit, options=options, recovery=recovery)
+    return run_round(running.spark.sparkContext, wanted, launch.launch, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def fit(context: Any, shard: Any) -> dict[str, float]:
@@ -198,10 +167,6 @@ def _kill_soon(context: Any) -> None:
     victim = os.getpid() if options["what"] == "process" else jvm_above()
     steps = context.step_seconds[-5:] or [0.1]
     threading.Timer(options["part"] * sum(steps) / len(steps), os.kill, (victim, signal.SIGKILL)).start()
-
-
-def _dataset() -> Dataset:
-    return resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge")))
 
 
 if __name__ == "__main__":

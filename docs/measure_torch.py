@@ -13,30 +13,24 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
-import dataclasses
 import functools
 import multiprocessing
-import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import pooch
+import measuring
+from measuring import EXECUTORS, dataset, interleave, make_job, print_machine, ratio
 
-from sparkgauge import ceiling, environment, ranks, stats, store
+from sparkgauge import ceiling, ranks, store
 from sparkgauge.adapters.torch import launch as torch_launch
 from sparkgauge.adapters.torch.by_hand import run_by_hand, thread_limits
-from sparkgauge.channel import Address
-from sparkgauge.cluster.conf import ClusterSpec
-from sparkgauge.cluster.java import find_java
 from sparkgauge.cluster.spark import SparkCluster
-from sparkgauge.data import resolve
 from sparkgauge.data.cache import write_prepared
 from sparkgauge.data.dataset import Dataset
 from sparkgauge.data.layouts import Content
@@ -47,7 +41,6 @@ from sparkgauge.records import Round
 from sparkgauge.rounds import run_round
 from sparkgauge.session import PREIMPORTS
 
-EXECUTORS = 2
 SHORT_TEST = 200
 """Test images where only training is measured."""
 PAIRS = {"scaling": 8, "overhead": 8, "bare": 6, "launch": 6}
@@ -91,34 +84,32 @@ def main() -> None:
     for model in SCALING_STEPS.keys() - set(arguments.models):
         del SCALING_STEPS[model]
     wanted = arguments.sections or [name for name in sections if name != "gpu"]
-    java = "" if wanted == ["gpu"] else str(find_java(os.environ).version)
-    machine = environment.capture(os.environ, java_version=java)
-    print(f"{environment.describe(machine)}; load {environment.load_average():.2f} at the start\n", flush=True)
+    print_machine(spark=wanted != ["gpu"])
     for name in wanted:
         sections[name]()
 
 
 def scaling() -> None:
     """Print the throughput of two executors of one core over that of one, at equal global batch."""
-    dataset = _short_dataset()
+    data = _short_dataset()
     head = ("training, equal global batch", "1 executor, images/s", "2 executors", "ratio", "exposed communication")
     print(f"| {' | '.join(head)} | CPU seconds of 1 / of both | n |\n| --- | --- | --- | --- | --- | --- | --- |")
     with _cluster() as cluster:
         for model, steps in SCALING_STEPS.items():
             one, two = (
-                functools.partial(_on_spark, cluster, _job(dataset, model, steps, executors=n)) for n in (1, EXECUTORS)
+                functools.partial(_on_spark, cluster, make_job(data, model, steps, executors=n)) for n in (1, EXECUTORS)
             )
             two()
-            pairs = _interleave(one, two, PAIRS["scaling"])
+            pairs = interleave(one, two, PAIRS["scaling"])
             rates = [[round_.images_per_second for round_ in side] for side in pairs]
             exposed = statistics.median(ranks.exposed(round_) for round_ in pairs[1])
             what = f"{model}, batch {RECIPES[model].global_batch}"
             medians = " | ".join(f"{statistics.median(side):,.0f}" for side in rates)
             count = f"{len(rates[0])} pairs"
             # without what other work on the machine takes: 1 means that two executors compute no more than one
-            spent = _ratio(*([_step_cpu_seconds(round_) for round_ in side] for side in reversed(pairs)))
+            spent = ratio(*([_step_cpu_seconds(round_) for round_ in side] for side in reversed(pairs)))
             print(
-                f"| {what} | {medians} | {_ratio(rates[0], rates[1])} | {exposed:.1%} | {spent} | {count} |", flush=True
+                f"| {what} | {medians} | {ratio(rates[0], rates[1])} | {exposed:.1%} | {spent} | {count} |", flush=True
             )
         limit = ceiling.of_executors(cluster.spark.sparkContext, EXECUTORS, 1, "cpu")
     assert limit
@@ -130,53 +121,53 @@ def scaling() -> None:
 
 def overhead() -> None:
     """Print the training throughput inside Spark over that of the same two processes started by hand."""
-    dataset = _short_dataset()
-    job = _job(dataset, "cifar10_quick", OVERHEAD_STEPS)
+    data = _short_dataset()
+    job = make_job(data, "cifar10_quick", OVERHEAD_STEPS)
     with _cluster() as cluster:
         inside, by_hand = functools.partial(_on_spark, cluster, job), functools.partial(_by_hand, job)
         inside()
-        pairs = _interleave(inside, by_hand, PAIRS["overhead"])
+        pairs = interleave(inside, by_hand, PAIRS["overhead"])
     spark, bare = ([one.images_per_second for one in side] for side in pairs)
     print("| training throughput, cifar10_quick, 2 x 1 core | images/s (median) | n |\n| --- | --- | --- |")
     print(f"| executors of Spark | {statistics.median(spark):,.0f} | {len(spark)} |")
     print(f"| the same two processes started by hand | {statistics.median(bare):,.0f} | {len(bare)} |")
-    print(f"| Spark / by hand | {_ratio(bare, spark)} | {len(bare)} pairs |")
+    print(f"| Spark / by hand | {ratio(bare, spark)} | {len(bare)} pairs |")
     steps = [[statistics.median(one.executors[0].step_seconds) for one in side] for side in pairs]
-    print(f"| by hand / Spark, each round's median step | {_ratio(steps[0], steps[1])} | {len(bare)} pairs |")
+    print(f"| by hand / Spark, each round's median step | {ratio(steps[0], steps[1])} | {len(bare)} pairs |")
     spent = [[store.cpu_seconds(one) for one in side] for side in pairs]
     print(
-        f"| CPU seconds of the training processes, by hand / Spark | {_ratio(*spent)} | {len(bare)} pairs |\n",
+        f"| CPU seconds of the training processes, by hand / Spark | {ratio(*spent)} | {len(bare)} pairs |\n",
         flush=True,
     )
 
 
 def bare() -> None:
     """Print the adapter's throughput in one process over that of a plain PyTorch loop, on one thread and on two."""
-    dataset = _short_dataset()
+    data = _short_dataset()
     print("| one process, by hand | adapter, images/s | bare loop, images/s | adapter / bare | n |")
     print("| --- | --- | --- | --- | --- |")
     for threads in (1, 2):
         for model, steps in BARE_STEPS.items():
-            job = _job(dataset, model, steps, executors=1, threads=threads)
+            job = make_job(data, model, steps, executors=1, threads=threads)
             ours = lambda job=job: _by_hand(job).images_per_second  # noqa: E731
             plain = lambda job=job: _in_a_process(_bare_loop, job)  # noqa: E731
             plain()
-            pairs = _interleave(ours, plain, PAIRS["bare"])
+            pairs = interleave(ours, plain, PAIRS["bare"])
             what = f"{model}, {threads} thread{'s' if threads > 1 else ''}"
             medians = " | ".join(f"{statistics.median(side):,.0f}" for side in pairs)
-            print(f"| {what} | {medians} | {_ratio(pairs[1], pairs[0])} | {len(pairs[0])} pairs |", flush=True)
+            print(f"| {what} | {medians} | {ratio(pairs[1], pairs[0])} | {len(pairs[0])} pairs |", flush=True)
     print(flush=True)
 
 
 def launch() -> None:
     """Print our launch phase beside pyspark's TorchDistributor on the same session, running the same training."""
-    dataset = _short_dataset()
-    job = _job(dataset, "cifar10_quick", 2)
+    data = _short_dataset()
+    job = make_job(data, "cifar10_quick", 2)
     with _cluster() as cluster:
         ours = functools.partial(_on_spark, cluster, job)
         theirs = functools.partial(_on_spark, cluster, job, torch_launch.launch_torchdistributor)
         ours(), theirs()
-        pairs = _interleave(ours, theirs, PAIRS["launch"])
+        pairs = interleave(ours, theirs, PAIRS["launch"])
     print("| launch on a warm session, 2 executors | seconds (median) | min - max | n |\n| --- | --- | --- | --- |")
     phases = [[max(executor.phases.launch for executor in one.executors) for one in side] for side in pairs]
     whole = [[one.runtime_seconds for one in side] for side in pairs]
@@ -188,20 +179,20 @@ def launch() -> None:
     ):
         print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} - {max(values):.2f} | {len(values)} |")
     print(
-        f"| TorchDistributor's launch / ours | {_ratio(phases[0], phases[1])} | | {len(whole[0])} pairs |\n", flush=True
+        f"| TorchDistributor's launch / ours | {ratio(phases[0], phases[1])} | | {len(whole[0])} pairs |\n", flush=True
     )
 
 
 def agreement() -> None:
     """Print how far the losses of one and two executors are apart after 50 steps on the same order of images."""
-    dataset = _short_dataset()
+    data = _short_dataset()
     print("| mean loss of steps 1-50, real CIFAR-10, batch | 1 executor | 2 executors | relative difference |")
     print("| --- | --- | --- | --- |")
     with _cluster() as cluster:
         for model in RECIPES:
             batch = min(100, RECIPES[model].global_batch)
             changes: dict[str, Any] = {"global_batch": batch, "test_every": None}
-            jobs = [_job(dataset, model, AGREEMENT_STEPS, executors=n, **changes) for n in (1, EXECUTORS)]
+            jobs = [make_job(data, model, AGREEMENT_STEPS, executors=n, **changes) for n in (1, EXECUTORS)]
             losses = [_on_spark(cluster, job).curve[0].train_loss for job in jobs]
             apart = abs(losses[0] - losses[1]) / losses[0]
             print(f"| {model}, {batch} | {losses[0]:.6f} | {losses[1]:.6f} | {apart:.1e} |", flush=True)
@@ -211,7 +202,7 @@ def agreement() -> None:
 def quick() -> None:
     """Print the runtime and accuracy of the reference training: cifar10_quick, 5000 iterations and all its tests."""
     with _cluster() as cluster:
-        done = _on_spark(cluster, _job(_dataset(), "cifar10_quick", 5000, test_every=500))
+        done = _on_spark(cluster, make_job(dataset(), "cifar10_quick", 5000, test_every=500))
     accuracies = " ".join(f"{p.accuracy_fraction:.2%}" for p in done.curve if p.accuracy_fraction is not None)
     print("| cifar10_quick, 5000 iterations + 10 tests, 2 executors of one core | |\n| --- | --- |")
     print(f"| training + test | {done.runtime_seconds:.1f} s |")
@@ -221,13 +212,13 @@ def quick() -> None:
 
 def speedrun() -> None:
     """Print what ``speedrun`` reaches in a few epochs on the CPU, and in which time."""
-    dataset = _dataset()
+    data = dataset()
     print("| speedrun, 2 executors of one core | seconds, training + test | accuracy | images/s | GFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
     with _cluster() as cluster:
         for width, epochs in SPEEDRUNS:
             changes: dict[str, Any] = {"global_batch": SPEEDRUN_BATCH, "options": {"width": width}}
-            done = _on_spark(cluster, _job(dataset, "speedrun", round(epochs * 50_000 / SPEEDRUN_BATCH), **changes))
+            done = _on_spark(cluster, make_job(data, "speedrun", round(epochs * 50_000 / SPEEDRUN_BATCH), **changes))
             rate = done.images_per_second
             gflops = achieved_gflops("speedrun", rate, {"width": width})
             print(
@@ -240,9 +231,9 @@ def speedrun() -> None:
 
 def gpu() -> None:
     """Print accuracies and training seconds of ``speedrun`` and the speed of the other models on one GPU."""
-    dataset = _dataset()
+    data = dataset()
     runs = [
-        _by_hand(_job(dataset, "speedrun", 750, executors=1, device="gpu", seed=seed))
+        _by_hand(make_job(data, "speedrun", 750, executors=1, device="gpu", seed=seed))
         for seed in range(1, GPU_RUNS + 1)
     ]
     seconds = [sum(one.executors[0].step_seconds) for one in runs]
@@ -254,7 +245,7 @@ def gpu() -> None:
     print(f"| training seconds after the first step | {statistics.fmean(seconds):.2f} | {spread} | {len(runs)} |\n")
     print("| one GPU | images/s | GFLOP/s |\n| --- | --- | --- |")
     for model, steps in (("cifar10_quick", 5000), ("cifar10_tutorial", 3000), ("resnet20", 2000)):
-        rate = _by_hand(_job(dataset, model, steps, executors=1, device="gpu")).images_per_second
+        rate = _by_hand(make_job(data, model, steps, executors=1, device="gpu")).images_per_second
         print(
             f"| {model}, batch {RECIPES[model].global_batch} | {rate:,.0f} | {achieved_gflops(model, rate):,.0f} |",
             flush=True,
@@ -262,25 +253,10 @@ def gpu() -> None:
     print(flush=True)
 
 
-def _interleave(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> tuple[list[Any], list[Any]]:
-    """Return the results of both in pairs, the order turned round in every second pair (A B, B A, ...)."""
-    results: tuple[list[Any], list[Any]] = ([], [])
-    for turn in range(pairs):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            results[side].append((a, b)[side]())
-    return results
-
-
-def _ratio(before: list[float], after: list[float]) -> str:
-    """Return the paired ratio after / before with its interval."""
-    interval = stats.ratio_interval(before, after, confidence=0.95, paired=True)
-    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
 @functools.cache
 def _short_dataset() -> Dataset:
     """Return the data set with its whole training set and SHORT_TEST test images, in a folder that goes at the end."""
-    whole = _dataset().open()
+    whole = dataset().open()
     folder = Path(tempfile.mkdtemp(prefix="sparkgauge-measure-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tests = whole.test_images[:SHORT_TEST], whole.test_labels[:SHORT_TEST]
@@ -295,40 +271,9 @@ def _step_cpu_seconds(one: Round) -> float:
     return sum(phases.feed + phases.compute + phases.sync for phases in spent if phases is not None)
 
 
-def _dataset() -> Dataset:
-    dataset = resolve(os.environ.get("SPARKGAUGE_DATA") or None, cache_dir=Path(pooch.os_cache("sparkgauge")))
-    print(f"data: {dataset.identity.name} ({dataset.identity.kind}) {dataset.identity.digest[:12]}", file=sys.stderr)
-    return dataset
-
-
-@contextlib.contextmanager
-def _cluster() -> Iterator[SparkCluster]:
+def _cluster() -> AbstractContextManager[SparkCluster]:
     torch_launch.prepare()
-    cluster = SparkCluster.start(ClusterSpec(EXECUTORS, 1, 1024, sys.executable, preimport=PREIMPORTS["torch"]))
-    try:
-        cluster.warm(EXECUTORS)
-        yield cluster
-    finally:
-        cluster.stop()
-
-
-def _job(dataset: Dataset, model: str, steps: int, **changes: Any) -> Job:
-    job = Job(
-        address=Address("", 0, ""),
-        executors=EXECUTORS,
-        model=model,
-        device="cpu",
-        iterations=steps,
-        epochs=None,
-        global_batch=RECIPES[model].global_batch,
-        test_every=None,
-        seed=1,
-        dataset_folder=str(dataset.folder),
-        train_count=dataset.train_count,
-        threads=1,
-        loopback=True,
-    )
-    return dataclasses.replace(job, **changes)
+    return measuring.cluster(PREIMPORTS["torch"])
 
 
 def _on_spark(cluster: SparkCluster, job: Job, start: Any = torch_launch.launch) -> Round:

@@ -46,7 +46,7 @@ def run_by_hand(job: Job, *, timeout_seconds: float) -> Round:
 
     try:
         with thread_limits(job.threads):
-            return run_round(_NoSpark(), job, start, timeout_seconds=timeout_seconds)
+            return run_round(NoSpark(), job, start, timeout_seconds=timeout_seconds)
     finally:
         for one in processes:
             one.kill()
@@ -72,13 +72,15 @@ def _train(meeting: worker.Meeting, job: Job, rank: int) -> None:
     worker.main(meeting, job, rank, Peers(hosts=("127.0.0.1",) * job.executors, rank=rank))
 
 
-class _NoSpark:
+class NoSpark:
     """Stands where a round expects a SparkContext: there is no job to watch or to cancel."""
 
-    def statusTracker(self) -> _NoSpark:
+    def statusTracker(self) -> NoSpark:
+        """Return this object, which knows of no jobs."""
         return self
 
     def getJobIdsForGroup(self, group: str) -> list[int]:
+        """Return no job."""
         return []
 
     def cancelJobGroup(self, group: str) -> None:
