@@ -9,6 +9,7 @@ runs. Prints Markdown.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shutil
 import statistics
@@ -41,6 +42,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--feed"]:
         _serve_feed(sys.argv[2])
         return
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print_machine()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
