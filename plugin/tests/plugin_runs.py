@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -160,6 +161,11 @@ class Finished:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def _heed_interrupts() -> None:
+    """Let Ctrl-C end the new process even where these tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Project:
     """A user's repository, in which sessions are started."""
@@ -205,7 +211,8 @@ class Project:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # SIGINT is not ignored there, and reaches it alone
+                start_new_session=True,  # SIGINT reaches it alone
+                preexec_fn=_heed_interrupts,
             )
 
     def finished(self, name: str, status: int) -> Finished:
