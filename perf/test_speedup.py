@@ -9,7 +9,8 @@ from sparkgauge import speedup
 
 @pytest.mark.cpu
 def test_tensorflow_executors_pay_off(train, baseline, several_executors):
-    # four rounds of each: pairs of interleaved rounds vary less than the rounds do
-    one = train("tensorflow", "cifar10_quick", executors=1, rounds=4, label="one")
-    all_of_them = train("tensorflow", "cifar10_quick", executors=several_executors, rounds=4, label="all")
+    # a ratio needs no whole training, and pairs of interleaved rounds vary less than the rounds do
+    length = {"iterations": 60, "rounds": 4}
+    one = train("tensorflow", "cifar10_quick", executors=1, label="one", **length)
+    all_of_them = train("tensorflow", "cifar10_quick", executors=several_executors, label="all", **length)
     assert speedup(all_of_them, over=one) >= baseline.speedup
