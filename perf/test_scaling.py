@@ -37,7 +37,7 @@ def counts(several_executors):
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("framework", AVAILABLE)
 def test_strong(train, baseline, counts, framework):
-    length = {"iterations": 60, "rounds": 3, "speedup_margin": 15}
+    length = {"iterations": 40, "rounds": 3, "speedup_margin": 15}
     runs = [train(framework, "cifar10_quick", executors=n, label=f"on-{n}", **length) for n in counts]
     assert efficiency(runs[-1], over=runs[0]) >= baseline.efficiency
     for run in runs:
@@ -48,7 +48,7 @@ def test_strong(train, baseline, counts, framework):
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("framework", AVAILABLE)
 def test_weak(train, baseline, counts, framework):
-    length = {"iterations": 60, "rounds": 3, "speedup_margin": 15}
+    length = {"iterations": 40, "rounds": 3, "speedup_margin": 15}
     runs = [
         train(framework, "cifar10_quick", executors=n, batch_size=100 * n, label=f"on-{n}", **length) for n in counts
     ]

@@ -10,7 +10,7 @@ from sparkgauge import speedup
 @pytest.mark.cpu
 def test_tensorflow_executors_pay_off(train, baseline, several_executors):
     # a ratio needs no whole training, and pairs of interleaved rounds vary less than the rounds do
-    length = {"iterations": 60, "rounds": 4}
+    length = {"iterations": 40, "rounds": 4}
     one = train("tensorflow", "cifar10_quick", executors=1, label="one", **length)
     all_of_them = train("tensorflow", "cifar10_quick", executors=several_executors, label="all", **length)
     assert speedup(all_of_them, over=one) >= baseline.speedup

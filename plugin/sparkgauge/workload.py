@@ -74,7 +74,7 @@ PROFILE_SPECS: dict[str, ProfileSpec] = {
     "full": ProfileSpec(iterations=None, rounds=2),
 }
 
-CI_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 60, "resnet20": 25, "speedrun": 10}
+CI_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 30, "resnet20": 25, "speedrun": 10}
 """Length in profile ci where it is not the profile's: a tutorial step takes twice as long as a quick one."""
 
 FULL_ITERATIONS: dict[str, int] = {"cifar10_tutorial": 10_000}
