@@ -51,7 +51,7 @@ def test_defaults_come_from_session_and_profile() -> None:
     ("profile", "model", "iterations", "rounds", "test_every"),
     [
         ("smoke", "cifar10_quick", 30, 2, None),
-        ("ci", "cifar10_tutorial", 60, 5, None),
+        ("ci", "cifar10_tutorial", 30, 5, None),
         ("full", "cifar10_quick", 5000, 2, 500),
         ("full", "cifar10_tutorial", 10_000, 2, 1000),
     ],
