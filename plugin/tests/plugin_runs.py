@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import sparkgauge
+from plugin.tests.processes import heed_interrupts
 from sparkgauge import environment, gpu
 from sparkgauge.cluster import watchdog
 from sparkgauge.config import GaugeConfig
@@ -161,11 +161,6 @@ class Finished:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _heed_interrupts() -> None:
-    """Let Ctrl-C end the new process even where these tests run in the background, which ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @dataclass(frozen=True)
 class Project:
     """A user's repository, in which sessions are started."""
@@ -212,7 +207,7 @@ class Project:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # SIGINT reaches it alone
-                preexec_fn=_heed_interrupts,
+                preexec_fn=heed_interrupts,
             )
 
     def finished(self, name: str, status: int) -> Finished:

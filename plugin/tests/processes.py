@@ -1,6 +1,8 @@
-"""Whether a process that a test watches has ended."""
+"""Processes that tests start and watch."""
 
 from __future__ import annotations
+
+import signal
 
 import psutil
 
@@ -11,3 +13,8 @@ def lives(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:  # between the two questions
         return False
+
+
+def heed_interrupts() -> None:
+    """Let Ctrl-C end this process even where the tests run in the background, which ignores it: a ``preexec_fn``."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from plugin.tests.processes import heed_interrupts
 from sparkgauge.cluster import conf, standalone, watchdog
 
 ROOT = str(Path(conf.__file__).parents[2])
@@ -95,9 +96,14 @@ def _start(ending: str, answer: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(answer.parent)}
     with open(answer.parent / "output", "wb") as output:
         command = [sys.executable, "-c", SCRIPT, ending, str(answer)]
-        # Its own session, so that a signal reaches it alone, and SIGINT is not ignored there.
         return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # so that a signal reaches it alone
+            preexec_fn=heed_interrupts,
         )
 
 
