@@ -740,7 +740,10 @@ _HINTS: dict[str, str] = {
     "match": "",
     "improved": "--gauge-update all stores the improvement, so that losing it again is noticed",
     "regressed": "--gauge-update all accepts the change, if it is intended",
-    "inconclusive": "take more rounds (--gauge-rounds, --gauge-max-rounds), use a quieter machine, or widen the margin",
+    "inconclusive": (
+        "take more rounds (--gauge-rounds, --gauge-max-rounds), use a quieter machine, widen the margin, or compare "
+        "interleaved with a commit: --gauge-against REF"
+    ),
     "missing": "--gauge-update new stores this run as the baseline",
     "not_comparable": "run with the baseline's data, profile and machine, or --gauge-update all replaces it",
     "generated": "",
