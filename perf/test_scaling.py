@@ -18,13 +18,12 @@ IN_CI = "torch"
 
 @pytest.fixture
 def in_time(request, pytestconfig, framework):
-    """Skip what the profile has no time for: smoke measures no scaling, ci that of one framework."""
+    """Skip what profile ci has no time for: all but the strong scaling of one framework."""
     from sparkgauge.plugin import _session
 
-    profile = _session(pytestconfig).config.profile
     strong_scaling = request.node.originalname == "test_strong"
-    if profile == "smoke" or (profile == "ci" and not (framework == IN_CI and strong_scaling)):
-        pytest.skip(f"no time for it in profile {profile}: --gauge-profile full")
+    if _session(pytestconfig).config.profile == "ci" and not (framework == IN_CI and strong_scaling):
+        pytest.skip("no time for it in profile ci: --gauge-profile full")
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def counts(several_executors):
 
 
 @pytest.mark.cpu
-@pytest.mark.usefixtures("in_time")
+@pytest.mark.usefixtures("ratios", "in_time")
 @pytest.mark.parametrize("framework", AVAILABLE)
 def test_strong(train, baseline, counts, framework):
     length = {"iterations": 40, "rounds": 3, "speedup_margin": 15}
@@ -45,7 +44,7 @@ def test_strong(train, baseline, counts, framework):
 
 
 @pytest.mark.cpu
-@pytest.mark.usefixtures("in_time")
+@pytest.mark.usefixtures("ratios", "in_time")
 @pytest.mark.parametrize("framework", AVAILABLE)
 def test_weak(train, baseline, counts, framework):
     length = {"iterations": 40, "rounds": 3, "speedup_margin": 15}

@@ -8,6 +8,7 @@ from sparkgauge import speedup
 
 
 @pytest.mark.cpu
+@pytest.mark.usefixtures("ratios")
 def test_tensorflow_executors_pay_off(train, baseline, several_executors):
     # a ratio needs no whole training, and pairs of interleaved rounds vary less than the rounds do
     length = {"iterations": 40, "rounds": 4}
