@@ -26,6 +26,12 @@ MEETING_SECONDS = 120.0
 BUCKET_BYTES = 8 * 1024 * 1024
 """Gradients up to this size go in one all-reduce, larger ones in several that overlap with the backward pass."""
 
+SPIN_SECONDS = 0.005
+"""How long a wait for the other executors keeps the processor, yielding it to whoever has work, before it sleeps.
+
+A virtual processor that went to sleep is slow to wake: with the sums of resnet20's norms, 38 a step, two executors of
+one core trained 316 images/s so, and 270 when every wait slept at once (medians of 6 interleaved turns, AMD EPYC)."""
+
 _PEER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "socket timeout")
 
 
@@ -167,7 +173,7 @@ class FlatGradients:
             while len(self._started) < len(self._buckets):  # all of them where there was no backward pass
                 self._start_next()
             for work in self._started:
-                work.wait()  # NCCL's only orders the streams: no host waits for a GPU
+                _wait(work, spin=not self.flat.is_cuda)
 
     def _attach(self, parameters: Sequence[Any]) -> None:
         start = 0
@@ -213,7 +219,7 @@ class Exchange:
             import torch.distributed as dist
 
             with self._waits:
-                dist.all_reduce(values, group=self.group)
+                _wait(dist.all_reduce(values, group=self.group, async_op=True), spin=not values.is_cuda)
             self.bytes_reduced += values.numel() * values.element_size()
         return values
 
@@ -255,6 +261,18 @@ class Stopwatch:
         return event
 
 
+def _wait(work: Any, *, spin: bool) -> None:
+    """Return when a collective is done; NCCL's ``wait`` only orders the streams: no host waits for a GPU."""
+    if spin:
+        until = time.perf_counter() + SPIN_SECONDS
+        while not work.is_completed() and time.perf_counter() < until:
+            _let_others_run()
+    work.wait()
+
+
+_let_others_run = getattr(os, "sched_yield", functools.partial(time.sleep, 0))  # macOS has none
+
+
 def all_reduce_(array: Any, group: Any) -> float:
     """Sum a contiguous numpy float32 array over the executors in place; return the seconds it took."""
     if group is None:
@@ -263,7 +281,7 @@ def all_reduce_(array: Any, group: Any) -> float:
     import torch.distributed as dist
 
     began = time.perf_counter()
-    dist.all_reduce(torch.from_numpy(array), group=group)
+    _wait(dist.all_reduce(torch.from_numpy(array), group=group, async_op=True), spin=True)
     return time.perf_counter() - began
 
 
