@@ -300,6 +300,7 @@ def test_without_a_framework_the_command_says_what_to_install(monkeypatch: pytes
         selfcheck_rounds.installed_framework()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not selfcheck_rounds._is_installed("tensorflowonspark"), reason="needs tensorflowonspark, which is not installed"
 )
