@@ -120,10 +120,14 @@ def await_slots(spark_context: Any, executors: int, check: Callable[[], None] = 
 
 
 def _slots(spark_context: Any) -> tuple[int, int]:
-    """Return how many tasks can run at once, and how many do."""
+    """Return how many tasks can run at once, and how many do: by the scheduler's books, which lag behind nothing."""
     scala = spark_context._jsc.sc()
     total = int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
-    return total, sum(int(one.numRunningTasks()) for one in scala.statusTracker().getExecutorInfos())
+    running = scala.taskScheduler().runningTasksByExecutors().valuesIterator()
+    taken = 0
+    while running.hasNext():
+        taken += int(running.next())
+    return total, taken
 
 
 def refuse_dynamic_allocation(spark_context: Any) -> None:
