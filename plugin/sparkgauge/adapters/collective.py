@@ -32,6 +32,8 @@ SPIN_SECONDS = 0.005
 A virtual processor that went to sleep is slow to wake: with the sums of resnet20's norms, 38 a step, two executors of
 one core trained 316 images/s so, and 270 when every wait slept at once (medians of 6 interleaved turns, AMD EPYC)."""
 
+_let_others_run = getattr(os, "sched_yield", functools.partial(time.sleep, 0))  # macOS has none
+
 _PEER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "socket timeout")
 
 
@@ -268,9 +270,6 @@ def _wait(work: Any, *, spin: bool) -> None:
         while not work.is_completed() and time.perf_counter() < until:
             _let_others_run()
     work.wait()
-
-
-_let_others_run = getattr(os, "sched_yield", functools.partial(time.sleep, 0))  # macOS has none
 
 
 def all_reduce_(array: Any, group: Any) -> float:

@@ -55,11 +55,11 @@ class TorchEngine:
         self._net = Net(train_net, input_shape, where)
         self._parameters = Parameters(self._net, seed, device)
         self._test_net = None if test_net is None else Net(test_net, input_shape, where)
+        blocks = device == "cpu" and layout.prefers_blocks()
         for net in self._nets():
-            if device == "cpu" and layout.prefers_blocks():
+            if blocks:
                 net.block()
-            else:
-                net.fuse(convolutions=device == "cpu" and torch.backends.mkldnn.is_available())
+            net.fuse(convolutions=device == "cpu" and not blocks and torch.backends.mkldnn.is_available())
         if self._test_net:
             self._test_net.share(self._net)
         self._solver = build_solver(solver, self._parameters)

@@ -18,7 +18,6 @@ from sparkgauge.adapters.caffe.layers import DATA_LAYERS, LAYERS, Layer, Pass, S
 from sparkgauge.adapters.caffe.layers.convolution import Convolution
 from sparkgauge.adapters.caffe.layers.elementwise import ReLU
 from sparkgauge.adapters.caffe.layers.loss import SoftmaxWithLoss
-from sparkgauge.adapters.caffe.layers.pooling import Pooling
 from sparkgauge.adapters.layout import blocked, dense
 from sparkgauge.errors import ConfigurationError, DataError
 
@@ -131,7 +130,7 @@ class Net:
 
     def fuse(self, *, convolutions: bool) -> None:
         """Let in-place ReLUs write over their input, or run inside the convolution below where ``convolutions``."""
-        producers = {slot: op.layer for op in self.operations for slot in op.tops}
+        producers = self._producers()
         for op in self.operations:
             below = producers.get(op.bottoms[0])
             in_place = self.names[op.bottoms[0]] == self.names[op.tops[0]]
@@ -140,41 +139,30 @@ class Net:
             if convolutions and isinstance(below, Convolution):
                 below.fused_relu = op.layer.fused = True
             else:
-                op.layer.overwrite = not below.keeps_output
+                op.layer.overwrite = not (below.keeps_output or (below.blocked and below.keeps_blocks))
 
     def block(self) -> None:
-        """Keep images in oneDNN's blocked order from convolution to convolution, through ReLUs and pools between."""
+        """Keep images in oneDNN's blocked order from convolution to convolution, through the layers between."""
         readers: dict[int, list[Layer]] = {}
         for op in reversed(self.operations):
-            layer, on = op.layer, readers.get(op.tops[0], [])
-            if isinstance(layer, Convolution):
-                layer.blocked = layer.groups == 1
-            elif isinstance(layer, ReLU):
-                layer.blocked = not layer.slope
-            elif isinstance(layer, Pooling):
-                # its gradient must come in blocks: in any other order oneDNN's pools are slow
-                layer.blocked = layer.padding == (0, 0) and bool(on) and all(reader.blocked for reader in on)
-                layer.keeps_output = layer.blocked  # autograd has its gradient
+            op.layer.blocked = op.layer.takes_blocks(readers.get(op.tops[0], []))
             for slot in op.bottoms:
-                readers.setdefault(slot, []).append(layer)
-        self._block_from_convolutions()
-        self.fuse(convolutions=False)
-
-    def _block_from_convolutions(self) -> None:
-        """Leave alone what no convolution hands blocks to."""
-        producers = {slot: op.layer for op in self.operations for slot in op.tops}
+                readers.setdefault(slot, []).append(op.layer)
+        producers = self._producers()
         for op in self.operations:
-            if not isinstance(op.layer, Convolution) and op.layer.blocked:
+            if not op.layer.makes_blocks:
                 below = producers.get(op.bottoms[0])
-                op.layer.blocked = below is not None and below.blocked
+                op.layer.blocked = op.layer.blocked and below is not None and below.blocked
+
+    def _producers(self) -> dict[int, Layer]:
+        return {slot: op.layer for op in self.operations for slot in op.tops}
 
     def forward(self, images: Tensor, labels: Tensor, run: Pass, record: Record | None = None) -> Tensor:
         """Return the weighted loss of ``images`` (b, c, h, w) and ``labels`` (b,), a scalar; 0 without a loss layer."""
         slots: list[Any] = [images, labels, *[None] * (len(self.names) - 2)]
         loss: Tensor = images.new_zeros(())
         for op in self.operations:
-            bottoms = [slots[slot] if op.layer.blocked else dense(slots[slot]) for slot in op.bottoms]
-            tops = op.layer.forward(bottoms, run)
+            tops = op.layer.forward([_laid_out(slots[slot], op.layer) for slot in op.bottoms], run)
             for slot, top in zip(op.tops, tops, strict=True):
                 slots[slot] = top
                 if record is not None:
@@ -189,7 +177,7 @@ class Net:
         """Add the weights' gradients of the last training pass to their buffers."""
         found: list[Any] = [None] * len(self.names)
         for op in reversed(self.operations):
-            tops = [_laid_out(found[slot], op.layer) for slot in op.tops]
+            tops = [None if found[slot] is None else _laid_out(found[slot], op.layer) for slot in op.tops]
             is_loss = isinstance(op.layer, SoftmaxWithLoss) and op.layer.loss_weight
             if not is_loss and (tops[0] is None or not (op.needed or any(op.layer.wants))):
                 continue
@@ -303,10 +291,8 @@ def _view(flat: Tensor, shape: Shape) -> Tensor:
     return flat.view(out, height, width, within).permute(0, 3, 1, 2)
 
 
-def _laid_out(gradient: Tensor | None, layer: Layer) -> Tensor | None:
-    if gradient is None:
-        return None
-    return blocked(gradient) if layer.blocked else dense(gradient)
+def _laid_out(value: Tensor, layer: Layer) -> Tensor:
+    return blocked(value) if layer.blocked else dense(value)
 
 
 def _copy(value: Tensor) -> NDArray[Any]:

@@ -59,8 +59,12 @@ class Layer:
     """Bottoms it takes."""
     outputs: ClassVar[tuple[int, ...]] = (1,)
     """Numbers of tops it may give."""
-    keeps_output = False
+    keeps_output: ClassVar[bool] = False
     """True if its output must survive a following in-place layer: backward reads it, or it is another blob."""
+    makes_blocks: ClassVar[bool] = False
+    """True if it gives blocks whatever it takes; other layers only pass them on."""
+    keeps_blocks: ClassVar[bool] = False
+    """``keeps_output`` where it is blocked."""
 
     blocked = False
     """Set by the net where images and gradients come and go in oneDNN's blocked order (CPU only); else they are
@@ -81,6 +85,10 @@ class Layer:
     def setup(self) -> list[Shape]:
         """Check the parameters, name the weights and return the shapes of the tops."""
         return [self.bottoms[0]] * len(self.message.top)
+
+    def takes_blocks(self, readers: list[Layer]) -> bool:
+        """Return whether images and gradients may be blocked here, given the layers that read its first top."""
+        return False
 
     def forward(self, bottoms: list[Tensor], run: Pass) -> list[Tensor]:
         """Return the tops; what ``backward`` will need is kept when ``run.training``."""
@@ -123,8 +131,9 @@ class Layer:
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in the layout that convolutions and pools run fastest in; vectors are left alone."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+    """Return ``tensor`` in the layout that convolutions and pools run fastest in; vectors and blocks are left alone."""
+    is_plain = tensor.dim() == 4 and tensor.layout is torch.strided
+    return tensor.contiguous(memory_format=torch.channels_last) if is_plain else tensor
 
 
 def per_channel(weight: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sparkgauge.adapters.caffe.layers.base import Layer, Pass, Shape, Weight, channels_last
-from sparkgauge.adapters.layout import blocked
 
 aten: Any = torch.ops.aten
 
@@ -16,6 +15,7 @@ aten: Any = torch.ops.aten
 class Convolution(Layer):
     """2-d convolution with groups, stride, padding and dilation; output sizes are rounded down, as Caffe's are."""
 
+    makes_blocks = True
     fused_relu = False
     """Set by the net when an in-place ReLU follows, which then runs in the convolution's own loop (CPU only)."""
 
@@ -60,9 +60,13 @@ class Convolution(Layer):
             raise self.error("the kernel does not fit", actual=f"input {self.bottoms[0]}, kernel {self.kernel}")
         return size
 
+    def takes_blocks(self, readers: list[Layer]) -> bool:
+        """Return True without groups."""
+        return bool(self.groups == 1)
+
     def forward(self, bottoms: list[Tensor], run: Pass) -> list[Tensor]:
         """Return the convolution plus bias."""
-        x = self._laid_out(bottoms[0])
+        x = channels_last(bottoms[0])
         self.saved = x if run.training else None
         weight, bias = self.blobs[0], self.blobs[1] if len(self.blobs) > 1 else None
         if self.fused_relu:
@@ -77,15 +81,12 @@ class Convolution(Layer):
         bias_shape = list(self.blobs[1].shape) if len(self.blobs) > 1 else None
         geometry = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
         found = aten.convolution_backward(
-            self._laid_out(gradients[0]), x, self.blobs[0], bias_shape, *geometry, [needed, *wants]
+            channels_last(gradients[0]), x, self.blobs[0], bias_shape, *geometry, [needed, *wants]
         )
         for target, gradient in zip(self.gradients, found[1:], strict=False):
             if gradient is not None:
                 target.add_(gradient)
         return [found[0]] if needed else []
-
-    def _laid_out(self, images: Tensor) -> Tensor:
-        return blocked(images) if self.blocked else channels_last(images)
 
 
 class InnerProduct(Layer):

@@ -26,6 +26,10 @@ class ReLU(Layer):
         self.slope = self.message.relu_param.negative_slope
         return super().setup()
 
+    def takes_blocks(self, readers: list[Layer]) -> bool:
+        """Return True without a slope."""
+        return not self.slope
+
     def forward(self, bottoms: list[Tensor], run: Pass) -> list[Tensor]:
         """Return the rectified values."""
         x = bottoms[0]

@@ -25,6 +25,8 @@ def pooled_side(side: int, kernel: int, stride: int, pad: int, *, round_up: bool
 class Pooling(Layer):
     """MAX or AVE pool; of equal values the first in reading order takes the gradient."""
 
+    keeps_blocks = True  # autograd has its gradient
+
     def setup(self) -> list[Shape]:
         """Return the top's shape."""
         p = self.message.pooling_param
@@ -56,6 +58,10 @@ class Pooling(Layer):
         if (size - 1) * stride >= side + pad:
             raise self.error("the last window starts outside the input", actual=f"side {side}, stride {stride}")
         return size
+
+    def takes_blocks(self, readers: list[Layer]) -> bool:
+        """Return whether all gradients come in blocks, too: in any other order oneDNN's pools are slow."""
+        return self.padding == (0, 0) and bool(readers) and all(reader.blocked for reader in readers)
 
     def forward(self, bottoms: list[Tensor], run: Pass) -> list[Tensor]:
         """Return the pooled values."""
