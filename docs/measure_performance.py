@@ -32,7 +32,7 @@ from measuring import EXECUTORS, dataset, interleave, print_machine, ratio
 from sparkgauge import store
 from sparkgauge.adapters.tensorflow import launch as tensorflow
 from sparkgauge.adapters.torch.by_hand import NoSpark
-from sparkgauge.cluster.daemon import QUICK_TENSORFLOW
+from sparkgauge.cluster.daemon import quicken_tensorflow
 from sparkgauge.cluster.spark import SparkCluster
 from sparkgauge.data.dataset import Dataset
 from sparkgauge.job import Job, Launched
@@ -170,8 +170,7 @@ def _by_hand(job: Job) -> Round:
 def _train_by_hand(job: Job, rank: int, ports: list[int]) -> None:
     # the same limits that the executors' environment has
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="2")
-    for name, value in QUICK_TENSORFLOW.items():
-        os.environ.setdefault(name, value)
+    quicken_tensorflow()
     from sparkgauge.adapters.tensorflow import worker
 
     addresses = [f"127.0.0.1:{port}" for port in ports]

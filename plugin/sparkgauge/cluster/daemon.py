@@ -16,15 +16,10 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 """From Linux's <sys/prctl.h>."""
 
-QUICK_TENSORFLOW = {"TF_ENABLE_ONEDNN_OPTS": "1"}
-"""TensorFlow's builds for CPUs use oneDNN by themselves only where the CPU has AVX-512. With AVX2 alone a training step
-of cifar10_quick at batch 100 took 2.2 times as long without it (one core of an AMD EPYC, TensorFlow 2.21)."""
-
 
 def main() -> None:
     """Import the modules wanted, tie workers to this process and serve until Spark closes standard input."""
-    for name, value in QUICK_TENSORFLOW.items():
-        os.environ.setdefault(name, value)  # what the user says stands
+    quicken_tensorflow()
     preimport(os.environ.get("SPARKGAUGE_PREIMPORT", ""))
     if later := os.environ.get("SPARKGAUGE_PREIMPORT_FILE"):
         os.register_at_fork(before=Later(later).import_new)
@@ -37,6 +32,15 @@ def main() -> None:
     from pyspark.daemon import manager
 
     manager()
+
+
+def quicken_tensorflow() -> None:
+    """Let TensorFlow, which must not be imported yet, use oneDNN on every CPU unless the user has decided that.
+
+    Its builds do so by themselves only where the CPU has AVX-512. With AVX2 alone a training step of cifar10_quick at
+    batch 100 took 2.2 times as long without it (one core of an AMD EPYC, TensorFlow 2.21).
+    """
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
 def preimport(names: str) -> list[str]:
