@@ -16,14 +16,12 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import EXECUTORS, cluster, dataset, make_job
+from measuring import EXECUTORS, cluster, dataset, make_job, ratio
 
-from sparkgauge import stats
 from sparkgauge.adapters.caffe import entry, launch
 from sparkgauge.adapters.torch import launch as torch_launch
 from sparkgauge.caffe.plan import read_plan
@@ -84,8 +82,7 @@ def executors(run: Run, engine: str, options: argparse.Namespace) -> None:
         middle, low, high = np.median(rates), min(rates), max(rates)
         print(f"engine {engine}, {titles[name]}: {middle:,.0f} images/s ({low:,.0f} to {high:,.0f})")
     for above, below in (("two", "one"), ("apart", "one"), ("two", "apart")):
-        ratio = stats.ratio_interval(found[below], found[above], confidence=0.95, paired=True)
-        print(f"{titles[above]} / {titles[below]}: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
+        print(f"{titles[above]} / {titles[below]}: {ratio(found[below], found[above], 2)}")
     print(
         f"{options.pairs} rounds of {options.steps} steps; the all-reduce is {np.mean(waited):.1%} of a step\n",
         flush=True,
@@ -151,16 +148,22 @@ def _rounds(*, whole: bool) -> Iterator[Run]:
             data = part_of(data, Path(scratch) / "part")
 
         def run(
-            engine: str, *, passes: int = 1, snapshot: Path | None = None, train: Any = None, **changes: Any
+            engine: str,
+            *,
+            iterations: int,
+            passes: int = 1,
+            snapshot: Path | None = None,
+            train: Any = None,
+            **changes: Any,
         ) -> Round:
             model = "cifar10_quick"
             plan = read_plan(shipped(model), engine=engine, model=model, passes=passes, state_file=snapshot)
-            wanted = make_job(data, plan.model, 0, global_batch=plan.batch, plan=plan)
+            wanted = make_job(data, plan.model, iterations, global_batch=plan.batch, plan=plan, **changes)
             start = launch.launch
             if train is not None:
                 start = functools.partial(torch_launch.launch, train=train, open_shard=entry.open_shard)
             context = running.spark.sparkContext
-            return run_round(context, replace(wanted, **changes), start, timeout_seconds=TIMEOUT_SECONDS)
+            return run_round(context, wanted, start, timeout_seconds=TIMEOUT_SECONDS)
 
         yield run
 

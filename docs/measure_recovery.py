@@ -31,11 +31,11 @@ from sparkgauge.cluster.spark import SparkCluster
 from sparkgauge.job import Recovery
 from sparkgauge.records import Round
 from sparkgauge.rounds import run_round
+from sparkgauge.session import PREIMPORTS
 
 STEPS, EVERY = 60, 15
 LIMIT_SECONDS = 5.0
 """Allowed beyond one checkpoint interval."""
-PREIMPORT = ("torch", "torch.distributed", "sparkgauge.adapters.torch.training")
 TIMEOUT_SECONDS = 180.0
 
 
@@ -60,7 +60,10 @@ def main() -> None:
     print_machine()
     kills = sequence(wanted.first + wanted.kills)[wanted.first :]
     launch.prepare()
-    with tempfile.TemporaryDirectory() as folder, cluster(PREIMPORT, retries=1, spares=wanted.spares) as running:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        cluster(PREIMPORTS["torch"], retries=1, spares=wanted.spares) as running,
+    ):
         measure(running, Path(folder), kills, wanted.first)
 
 
