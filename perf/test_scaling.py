@@ -17,12 +17,10 @@ IN_CI = "torch"
 
 
 @pytest.fixture
-def in_time(request, pytestconfig, framework):
+def in_time(request, profile, framework):
     """Skip what profile ci has no time for: all but the strong scaling of one framework."""
-    from sparkgauge.plugin import _session
-
     strong_scaling = request.node.originalname == "test_strong"
-    if _session(pytestconfig).config.profile == "ci" and not (framework == IN_CI and strong_scaling):
+    if profile == "ci" and not (framework == IN_CI and strong_scaling):
         pytest.skip("no time for it in profile ci: --gauge-profile full")
 
 
