@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from plugin.tests.plugin_runs import make_job
 from sparkgauge.adapters.tensorflow import launch
-from sparkgauge.channel import Address
 from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.spark import SparkCluster
 from sparkgauge.config import GaugeConfig
@@ -114,23 +114,8 @@ class Trainings:
     """On the same cluster and data: cleans up after failures as the plugin does."""
 
     def job(self, fn: Callable[..., Any] | None = None, **changes: Any) -> Job:
-        job = Job(
-            address=Address("", 0, ""),
-            executors=2,
-            model="cifar10_quick" if fn is None else "custom",
-            device="cpu",
-            iterations=3,
-            epochs=None,
-            global_batch=100,
-            test_every=None,
-            seed=1,
-            dataset_folder=str(self.dataset.folder),
-            train_count=self.dataset.train_count,
-            threads=1,
-            loopback=True,
-            fn=_portable(fn),
-        )
-        return replace(job, **changes)
+        model = "cifar10_quick" if fn is None else "custom"
+        return make_job(self.dataset, model=model, **{"fn": _portable(fn), **changes})
 
     def run(self, fn: Callable[..., Any] | None = None, *, timeout_seconds: float = 120, **changes: Any) -> Round:
         """Return a round that is expected to end well."""

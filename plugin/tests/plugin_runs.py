@@ -20,8 +20,11 @@ from xml.etree import ElementTree
 import sparkgauge
 from plugin.tests.processes import heed_interrupts
 from sparkgauge import environment, gpu
+from sparkgauge.channel import Address
 from sparkgauge.cluster import watchdog
 from sparkgauge.config import GaugeConfig
+from sparkgauge.data.dataset import Dataset
+from sparkgauge.job import Job
 from sparkgauge.records import DataIdentity, Environment, ExecutorRecord, PhaseSeconds, Round, RunRecord
 from sparkgauge.workload import Workload
 
@@ -245,6 +248,26 @@ def plugin_arguments() -> list[str]:
 def hardware_class() -> str:
     """Return the folder in which a session on this machine looks for baselines."""
     return environment.capture(os.environ, gpus=[one.name for one in gpu.detect()]).hardware_class
+
+
+def make_job(dataset: Dataset | None = None, **changes: Any) -> Job:
+    """Return a job of a few steps on two executors of this host, without data where ``dataset`` is None."""
+    job = Job(
+        address=Address("", 0, ""),
+        executors=2,
+        model="custom",
+        device="cpu",
+        iterations=3,
+        epochs=None,
+        global_batch=100,
+        test_every=None,
+        seed=1,
+        dataset_folder="" if dataset is None else str(dataset.folder),
+        train_count=100 if dataset is None else dataset.train_count,
+        threads=1,
+        loopback=True,
+    )
+    return replace(job, **changes)
 
 
 def make_round(

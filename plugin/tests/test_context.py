@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from plugin.tests.plugin_runs import make_job
 from sparkgauge import context as context_module
 from sparkgauge import executor, phases, rounds
-from sparkgauge.channel import Address
 from sparkgauge.context import CURVE_STEPS, Context
 from sparkgauge.data import Dataset
 from sparkgauge.data.shards import Shard
@@ -72,21 +72,7 @@ def make(hands: Hands, faint_images: Dataset) -> Callable[..., tuple[Context, Sh
 
 
 def _job(dataset: Dataset) -> Job:
-    return Job(
-        address=Address("", 0, ""),
-        executors=2,
-        model="custom",
-        device="cpu",
-        iterations=4,
-        epochs=None,
-        global_batch=100,
-        test_every=None,
-        seed=1,
-        dataset_folder=str(dataset.folder),
-        train_count=dataset.train_count,
-        threads=1,
-        loopback=True,
-    )
+    return make_job(dataset, iterations=4)
 
 
 def _slow_batches(monkeypatch: pytest.MonkeyPatch, hands: Hands, seconds: float) -> None:

@@ -7,14 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from plugin.tests.plugin_runs import make_job
 from sparkgauge import executor, nvml
 from sparkgauge.adapters import barrier
-from sparkgauge.channel import Address
 from sparkgauge.cluster.conf import ClusterSpec
 from sparkgauge.cluster.spark import SparkCluster
 from sparkgauge.data import Dataset
@@ -68,24 +67,9 @@ def enter(job: Job, rank: int, peers: barrier.Peers) -> None:
 
 
 def train(cluster: SparkCluster, dataset: Dataset, **changes: Any) -> Round:
-    job = Job(
-        address=Address("", 0, ""),
-        executors=2,
-        model="custom",
-        device="gpu",
-        iterations=3,
-        epochs=None,
-        global_batch=100,
-        test_every=None,
-        seed=1,
-        dataset_folder=str(dataset.folder),
-        train_count=dataset.train_count,
-        threads=1,
-        loopback=True,
-        fn=look,
-    )
+    job = make_job(dataset, **{"device": "gpu", "fn": look, **changes})
     launch: Any = functools.partial(barrier.launch, entry=_portable(enter))
-    return run_round(cluster.spark.sparkContext, replace(job, **changes), launch, timeout_seconds=60)
+    return run_round(cluster.spark.sparkContext, job, launch, timeout_seconds=60)
 
 
 def seen(cluster: SparkCluster) -> list[tuple[str, list[str]]]:

@@ -12,29 +12,15 @@ from typing import Any
 import pytest
 
 from plugin.tests.played_nvml import Card, PlayedNvml
+from plugin.tests.plugin_runs import make_job
 from sparkgauge import device, executor, nvml
-from sparkgauge.channel import Address, DriverChannel
+from sparkgauge.channel import DriverChannel
 from sparkgauge.errors import MachineError
 from sparkgauge.gpu_watch import GpuWatch, state_of
-from sparkgauge.job import Job
 from sparkgauge.nvml import Device, Reading
 from sparkgauge.phases import PhaseClock
 
-ON_GPU = Job(
-    address=Address("", 0, ""),
-    executors=1,
-    model="custom",
-    device="gpu",
-    iterations=1,
-    epochs=None,
-    global_batch=100,
-    test_every=None,
-    seed=1,
-    dataset_folder="",
-    train_count=100,
-    threads=1,
-    loopback=True,
-)
+ON_GPU = make_job(executors=1, device="gpu", iterations=1)
 DEVICE = Device(0, "A card", "GPU-0", memory_bytes=1000, driver="580")
 
 
