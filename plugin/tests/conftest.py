@@ -114,8 +114,8 @@ class Trainings:
     """On the same cluster and data: cleans up after failures as the plugin does."""
 
     def job(self, fn: Callable[..., Any] | None = None, **changes: Any) -> Job:
-        model = "cifar10_quick" if fn is None else "custom"
-        return make_job(self.dataset, model=model, **{"fn": _portable(fn), **changes})
+        defaults = {"model": "cifar10_quick" if fn is None else "custom", "fn": _portable(fn)}
+        return make_job(self.dataset, **{**defaults, **changes})
 
     def run(self, fn: Callable[..., Any] | None = None, *, timeout_seconds: float = 120, **changes: Any) -> Round:
         """Return a round that is expected to end well."""
