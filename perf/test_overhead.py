@@ -15,6 +15,13 @@ def test_spark_against_bare_processes(train, baseline, by_hand):
     assert efficiency(inside, over=by_hand(inside)) >= baseline.efficiency
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("minutes")
+def test_spark_against_a_bare_process_on_a_gpu(train, baseline, by_hand):
+    inside = train("torch", "cifar10_quick", device="gpu", executors=1, iterations=4000, rounds=4)
+    assert efficiency(inside, over=by_hand(inside)) >= baseline.efficiency
+
+
 @pytest.mark.cpu
 @pytest.mark.usefixtures("minutes")
 def test_our_launcher_against_torchdistributor(train, baseline):

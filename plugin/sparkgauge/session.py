@@ -82,9 +82,18 @@ class Timer(Protocol):
 PREIMPORTS: Mapping[str, tuple[str, ...]] = {
     "tensorflow": ("tensorflow", "tensorflowonspark.TFSparkNode", "sparkgauge.adapters.tensorflow.training"),
     "torch": ("torch", "torch.distributed", "sparkgauge.adapters.torch.training"),
-    "caffe": ("torch", "torch.distributed", "sparkgauge.adapters.caffe.training"),
+    "caffe": (
+        "torch",
+        "torch.distributed",
+        "sparkgauge.adapters.caffe.engine_torch",
+        "sparkgauge.adapters.caffe.training",
+    ),
 }
 """What a Python task of an executor finds imported already, by framework; what is not installed is passed over."""
+GPU_PREIMPORTS: Mapping[str, tuple[str, ...]] = dict.fromkeys(
+    ("torch", "caffe"), ("sparkgauge.adapters.triton_kernels",)
+)
+"""What joins them where the session trains on GPUs."""
 
 
 class GaugeSession:
@@ -342,7 +351,8 @@ class GaugeSession:
         its executors cannot be told later."""
         external = not self.config.embedded and not str(self.config.master).startswith("local-cluster")
         wanted = PREIMPORTS if external else sorted(self._frameworks & PREIMPORTS.keys())
-        return tuple(module for framework in wanted for module in PREIMPORTS[framework])
+        on_gpu = GPU_PREIMPORTS if self._wants_gpus else {}
+        return tuple(name for framework in wanted for name in (*PREIMPORTS[framework], *on_gpu.get(framework, ())))
 
     def _gpu_shares(self, device: str) -> tuple[tuple[str, ...], ...]:
         """Return the GPUs of each executor, leased for this session; none where a CPU test need not wait for them.

@@ -53,11 +53,11 @@ def batch(count: int = 8, seed: int = 0) -> tuple[Any, Any]:
     return pixels.transpose(0, 3, 1, 2), generator.integers(0, 4, count)
 
 
-def close(first: Any, second: Any, rtol: float = 1e-5) -> None:
+def close(first: Any, second: Any, rtol: float = 1e-5, atol: float = 1e-7) -> None:
     assert first.keys() == second.keys()
     for name, arrays in first.items():
         for one, other in zip(arrays, second[name], strict=True):
-            np.testing.assert_allclose(one, other, rtol=rtol, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(one, other, rtol=rtol, atol=atol, err_msg=name)
 
 
 def test_training_learns_and_leaves_frozen_layers_alone() -> None:
@@ -222,9 +222,9 @@ def test_captured_steps_on_a_gpu_equal_those_on_the_cpu(summed: bool) -> None:
         chosen = np.random.default_rng(step).permutation(40)[: 8 if step % 3 else 5]
         loss = second.start_step_at(chosen, global_batch=len(chosen), reduce=keep if summed else None)
         wanted = first.step(images[chosen], labels[chosen], global_batch=len(chosen))
-        assert float(loss) == pytest.approx(wanted, rel=1e-3)
-    close(first.parameters(), second.parameters(), rtol=1e-3)
-    assert second.test(images, labels).correct == first.test(images, labels).correct
+        assert float(loss) == pytest.approx(wanted, rel=1e-2)  # products in TF32: ten bits
+    close(first.parameters(), second.parameters(), rtol=1e-2, atol=5e-3)
+    assert abs(second.test(images, labels).correct - first.test(images, labels).correct) <= 1
 
 
 def test_the_same_seed_gives_the_same_weights_on_every_rank() -> None:

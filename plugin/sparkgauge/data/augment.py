@@ -77,12 +77,13 @@ def first_flips(seed: int, count: int) -> NDArray[np.bool_]:
 
 def reflected(images: NDArray[np.uint8], shift: int) -> NDArray[np.uint8]:
     """Return ``images`` (b, rows, columns, channels) with a border of ``shift`` pixels that mirrors them."""
-    rows, columns = (_mirrored(side, shift) for side in images.shape[1:3])
+    rows, columns = (mirrored(side, shift) for side in images.shape[1:3])
     framed: NDArray[np.uint8] = images[:, rows[:, None], columns[None, :]]
     return framed
 
 
-def _mirrored(side: int, shift: int) -> NDArray[np.int64]:
+def mirrored(side: int, shift: int) -> NDArray[np.int64]:
+    """Return which row (or column) of ``side`` each of the ``side + 2 * shift`` of a mirrored border repeats."""
     positions = np.abs(np.arange(-shift, side + shift))
     return np.where(positions < side, positions, 2 * (side - 1) - positions)
 

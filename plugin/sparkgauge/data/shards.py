@@ -47,7 +47,7 @@ class Sampler:
         self.rank = rank
         self.seed = seed
         self.shuffle = shuffle
-        self._cached: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._orders: dict[int, NDArray[np.int64]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,11 +76,12 @@ class Sampler:
         return self._order(self.epoch(step))[start + part.start : start + part.stop]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        if self._cached[0] != epoch:
+        if epoch not in self._orders:
             order = global_order(self.count, epoch, self.seed) if self.shuffle else np.arange(self.count)
             order.flags.writeable = False
-            self._cached = (epoch, order)
-        return self._cached[1]
+            # two of them: who prepares batches ahead is in the next epoch while the steps are still in this one
+            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
+        return self._orders[epoch]
 
 
 @dataclass(frozen=True)

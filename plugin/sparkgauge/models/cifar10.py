@@ -4,7 +4,8 @@ Sources of the numbers (facts, restated):
 
 - ``cifar10_quick``: ``examples/cifar10/cifar10_quick_{train_test,solver,solver_lr1}.prototxt`` of BVLC Caffe.
 - ``cifar10_tutorial``: the "Advanced Convolutional Neural Networks" tutorial of TensorFlow 1.x
-  (``tutorials/image/cifar10``), which the 2017 report calls the ImageNet example.
+  (``tutorials/image/cifar10``), which the 2017 report calls the ImageNet example. Its flag ``use_fp16`` trains in half
+  precision; on a GPU, PyTorch's ``cifar10_tutorial`` computes in bfloat16.
 - ``cifar10_full``: ``examples/cifar10/cifar10_full_{train_test,solver,solver_lr1,solver_lr2}.prototxt`` of BVLC Caffe.
 - ``resnet20``: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2015), section 4.2.
 - ``speedrun``: this project's own, with ideas of Keller Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU"
@@ -106,6 +107,7 @@ CIFAR10_TUTORIAL = Recipe(
     augment=True,
     averaged=True,
     train_flops_per_image=105_300_000,
+    bfloat16_on_gpu=True,
 )
 
 CIFAR10_FULL = Recipe(

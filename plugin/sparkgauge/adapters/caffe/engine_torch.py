@@ -19,6 +19,7 @@ from sparkgauge.adapters.caffe.layers.loss import Accuracy
 from sparkgauge.adapters.caffe.net import Net, Parameters, Recorder, fill_views
 from sparkgauge.adapters.caffe.solvers import build_solver
 from sparkgauge.adapters.memory import keep_freed_memory
+from sparkgauge.adapters.replay import Replayed
 from sparkgauge.caffe import weights
 from sparkgauge.caffe.net import data_layer
 from sparkgauge.caffe.solver import current_step, learning_rate
@@ -26,8 +27,6 @@ from sparkgauge.errors import ConfigurationError, DataError, TrainingError
 
 TEST_BATCH = {"cpu": 250, "cuda": 2000}
 """Images per pass when testing: large enough to fill the device, small enough for 1 GiB of executor memory."""
-WARM_UP_PASSES = 3
-"""Eager steps before a CUDA graph is captured: libraries choose and allocate in them."""
 
 
 class TorchEngine:
@@ -67,7 +66,7 @@ class TorchEngine:
         self._generator = torch.Generator(device).manual_seed(seed * 1_000_003 + rank)
         self._inputs = {net: _Transform(net.message, mean, input_shape, device) for net in self._nets()}
         self._data: tuple[Any, Any] | None = None
-        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, bool], Replayed] = {}
 
     def parameters(self) -> Arrays:
         """Return copies of all weights."""
@@ -99,7 +98,7 @@ class TorchEngine:
         if self._device == "cpu":
             self._data = images, labels
         else:
-            self._data = self._tensor(images), self._labels(labels)
+            self._data = self.resident(images, labels)
 
     def step_at(self, indices: NDArray[Any], *, global_batch: int, reduce: Reduce | None = None) -> float:
         """Update once on the attached images at ``indices`` (b,); on a GPU as one captured graph."""
@@ -243,14 +242,14 @@ class TorchEngine:
         return loss
 
     def _replay(self, indices: Tensor, global_batch: int, reduce: Reduce | None) -> Tensor:
-        key = len(indices), global_batch, reduce is None
+        key = global_batch, reduce is None
         if key not in self._graphs:
             step = self._captured(global_batch, whole=reduce is None)
-            self._graphs[key] = _Graph(step, indices.cuda(), self._keep(), self._generator)
-        graph = self._graphs[key]
+            self._graphs[key] = Replayed(step, self._keep, self._generator)
         if reduce is None:
             self._set_rate()
-        loss = graph.replay(indices)
+        # ordinary memory is read before the call returns; without non_blocking it would wait for the GPU
+        loss: Tensor = self._graphs[key](indices.to(self._device, non_blocking=True))
         if reduce is not None:
             self._apply(reduce)
         return loss
@@ -273,17 +272,24 @@ class TorchEngine:
         """Return what the passes before a capture must not change."""
         return [self._parameters.values, *self._solver.history]
 
-    def _tensor(self, images: Images) -> Tensor:
-        """Return raw images as a tensor on the device, in channels_last order where they come so."""
+    def resident(self, images: Images, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Return both on the device, in channels_last order where they come so: ``test`` takes them from there."""
+        return self._tensor(images), self._labels(labels)
+
+    def _tensor(self, images: Any) -> Tensor:
+        if isinstance(images, Tensor):
+            return images
         array = images if images.flags.writeable else images.copy("K")
         return torch.from_numpy(array).to(self._device)
 
-    def _labels(self, labels: Labels) -> Tensor:
+    def _labels(self, labels: Any) -> Tensor:
+        if isinstance(labels, Tensor):
+            return labels
         return torch.from_numpy(np.asarray(labels).astype(np.int64)).to(self._device)
 
-    def _check(self, images: Images, labels: Labels) -> None:
+    def _check(self, images: Any, labels: Any) -> None:
         """Raise DataError for images of another shape or labels that the net has no output for."""
-        if images.shape != (len(labels), *self._input_shape):
+        if tuple(images.shape) != (len(labels), *self._input_shape):
             expected = f"{len(labels)} x {self._input_shape}"
             raise DataError("images do not fit the net", expected=expected, actual=str(images.shape))
         classes = self._net.classes()
@@ -321,40 +327,12 @@ class _Transform:
         return x if self._scale == 1 else x.mul_(self._scale)
 
 
-class _Graph:
-    """A step captured as a CUDA graph, with the indices of its images as input."""
-
-    def __init__(self, step: Callable[[Tensor], Tensor], indices: Tensor, keep: list[Tensor], generator: Any) -> None:
-        self._indices = indices
-        before = [tensor.clone() for tensor in keep]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_PASSES):
-                step(indices)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(generator)  # dropout's masks differ from replay to replay
-        # thread_local: NCCL's own thread may talk to the device meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._loss = step(indices)
-        for tensor, value in zip(keep, before, strict=True):
-            tensor.copy_(value)
-
-    def replay(self, indices: Tensor) -> Tensor:
-        """Run the step on the images at ``indices`` and return a copy of its loss."""
-        # without non_blocking this would wait for the GPU; ordinary memory is read before the call returns
-        self._indices.copy_(indices, non_blocking=True)
-        self._graph.replay()
-        loss: Tensor = self._loss.clone()
-        return loss
-
-
 def _set_up(device: str, threads: int) -> None:
-    """Set what holds for the whole process: threads, full float32 precision, and a malloc that keeps its memory."""
+    """Set what holds for the whole process: threads, precision, and a malloc that keeps its memory."""
     torch.set_num_threads(threads)
     if device == "cpu":
         keep_freed_memory()
         return
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # as cuDNN does by default, and so Caffe's own convolutions on such a GPU
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True

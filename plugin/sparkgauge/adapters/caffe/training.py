@@ -139,6 +139,8 @@ class Trainer:
         self.summed = Summed(context.handle.group, on_device=context.device == "gpu")
         self._passes = plan.passes
         self._reduce = self.summed if context.executors > 1 else None
+        part = shard.test_range
+        self._test_part: tuple[Any, Any] = shard.test_images[part], shard.test_labels[part]
         self._statistics = [layer.name for layer in plan.net_messages()[0].layer if layer.type == "BatchNorm"]
 
     def run(self) -> None:
@@ -176,8 +178,7 @@ class Trainer:
         """Count the right answers on this executor's share of the test set."""
         with self._context.phase("evaluate"):
             self._average_statistics()
-            part = self._shard.test_range
-            found = self._engine.test(self._shard.test_images[part], self._shard.test_labels[part])
+            found = self._engine.test(*self._test_part)
             self._context.record_test(found.correct, found.tested)
 
     def _average_statistics(self) -> None:
@@ -222,6 +223,7 @@ class _GpuTrainer(Trainer):
         super().__init__(engine, plan, context, shard)
         self._ahead = engine
         engine.attach(shard.images, shard.labels)
+        self._test_part = engine.resident(*self._test_part)
         self._loss = torch.zeros((), device="cuda")
         self._images = 0
 

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sparkgauge.adapters import fused
 from sparkgauge.adapters.collective import Exchange
+from sparkgauge.adapters.fused import average_pool, first_convolution, max_pool
 from sparkgauge.adapters.layout import blocked, dense
 from sparkgauge.models.cifar10 import CIFAR10_FULL, CIFAR10_QUICK, CIFAR10_TUTORIAL, RESNET20, SPEEDRUN, Recipe
 from sparkgauge.models.flops import speedrun_widths
@@ -82,9 +84,9 @@ class Quick(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (b, 10) of images minus the mean image (b, 3, 32, 32)."""
-        x = functional.relu(functional.max_pool2d(self.conv1(blocked(x)), 3, 2, ceil_mode=True))  # (b, 32, 16, 16)
-        x = _average_pool(functional.relu(self.conv2(x)))  # (b, 32, 8, 8)
-        x = _average_pool(dense(functional.relu(self.conv3(x))))  # (b, 64, 4, 4)
+        x = max_pool(first_convolution(blocked(x), *_of(self.conv1)), 3, 2, rectify=True)  # (b, 32, 16, 16)
+        x = average_pool(self.conv2(x), 3, 2, rectify=True)  # (b, 32, 8, 8)
+        x = average_pool(dense(self.conv3(x)), 3, 2, rectify=True)  # (b, 64, 4, 4)
         return self.ip2(self.ip1(x.flatten(1)))
 
 
@@ -100,9 +102,9 @@ class Full(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (b, 10) of images minus the mean image (b, 3, 32, 32)."""
-        x = functional.relu(functional.max_pool2d(self.conv1(blocked(x)), 3, 2, ceil_mode=True))  # (b, 32, 16, 16)
-        x = _average_pool(functional.relu(self.conv2(norm_within_channels(dense(x)))))  # (b, 32, 8, 8)
-        x = _average_pool(functional.relu(self.conv3(norm_within_channels(x))))  # (b, 64, 4, 4)
+        x = max_pool(first_convolution(blocked(x), *_of(self.conv1)), 3, 2, rectify=True)  # (b, 32, 16, 16)
+        x = average_pool(self.conv2(norm_within_channels(dense(x))), 3, 2, rectify=True)  # (b, 32, 8, 8)
+        x = average_pool(self.conv3(norm_within_channels(x)), 3, 2, rectify=True)  # (b, 64, 4, 4)
         return self.ip1(x.flatten(1))
 
 
@@ -119,9 +121,10 @@ class Tutorial(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (b, 10) of standardised images (b, 3, 24, 24)."""
-        x = _same_max_pool(functional.relu(self.conv1(x)))  # (b, 64, 12, 12)
-        x = norm_over_channels(functional.relu(self.conv2(norm_over_channels(x))))
-        x = _same_max_pool(x).flatten(1)  # (b, 64 * 6 * 6)
+        # TensorFlow's SAME padding of even sides is one row and column at the far edge: what rounding up comes to
+        x = max_pool(first_convolution(x, *_of(self.conv1)), 3, 2, rectify=True)  # (b, 64, 12, 12)
+        x = norm_over_channels(self.conv2(norm_over_channels(x)), rectify=True)
+        x = max_pool(x, 3, 2).flatten(1)  # (b, 64 * 6 * 6)
         x = functional.relu(self.dense1(x))
         return self.dense3(functional.relu(self.dense2(x)))
 
@@ -191,7 +194,7 @@ class Speedrun(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (b, 10) of normalised images (b, 3, 32, 32)."""
-        x = functional.gelu(functional.conv2d(x, self.whitening, self.shift))  # (b, 24, 31, 31)
+        x = functional.gelu(first_convolution(x, self.whitening, self.shift))  # (b, 24, 31, 31)
         for block in self.blocks:
             x = block(x)  # 15, 7, 3 pixels a side
         return self.dense(x.amax((2, 3))) / 9
@@ -208,7 +211,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, after, side // 2, side // 2)."""
-        x = functional.gelu(self.norm1(functional.max_pool2d(self.conv1(x), 2)))
+        x = functional.gelu(self.norm1(max_pool(self.conv1(x), 2, 2, round_up=False)))
         return functional.gelu(self.norm2(self.conv2(x)))
 
 
@@ -245,7 +248,8 @@ class BatchNorm(nn.Module):
         if not self.training or (self._exchange.group is None and x.is_cuda):
             state = (self.running_mean, self.running_var, self.weight, self.bias)
             return functional.batch_norm(x, *state, self.training, self._momentum, self._epsilon)
-        y, mean, variance, count = _GlobalNorm.apply(x, self.weight, self.bias, self._exchange, self._epsilon)
+        normalise = _GlobalNormOnGpu if x.is_cuda and len(x) else _GlobalNorm
+        y, mean, variance, count = normalise.apply(x, self.weight, self.bias, self._exchange, self._epsilon)
         with torch.no_grad():
             unbiased = variance * (count / (count - 1))
             self.running_mean.lerp_(mean, self._momentum)
@@ -297,6 +301,40 @@ class _GlobalNorm(torch.autograd.Function):
         return dx, own_product, own_dy, None, None
 
 
+class _GlobalNormOnGpu(torch.autograd.Function):
+    """The same by the kernels of torch.nn.SyncBatchNorm, which read the images once a pass and take bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, exchange: Exchange, epsilon: float) -> Any:
+        x = x.contiguous(memory_format=torch.channels_last)
+        channels = x.shape[1]
+        mean, inverse = torch.batch_norm_stats(x, epsilon)
+        count = mean.new_full((1,), x.numel() // channels)
+        squares = inverse.pow(-2).sub_(epsilon).addcmul_(mean, mean)
+        sums = exchange.sum_(torch.cat([mean * count, squares * count, count]))
+        total = sums[-1]
+        mean = sums[:channels] / total
+        variance = (sums[channels:-1] / total - mean * mean).clamp_min(0)
+        inverse = torch.rsqrt(variance + epsilon)
+        ctx.save_for_backward(x, weight, mean, inverse, sums[-1:].int())
+        ctx.exchange = exchange
+        ctx.mark_non_differentiable(mean, variance, total)
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, epsilon), mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        x, weight, mean, inverse, total = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        own_dy, own_product, d_weight, d_bias = torch.batch_norm_backward_reduce(
+            dy, x, mean, inverse, weight, True, True, True
+        )
+        # of dy * normalised x, as an executor without images counts it
+        sums = ctx.exchange.sum_(torch.cat([own_dy, own_product * inverse]))
+        sum_dy, sum_product = sums.chunk(2)
+        dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse, weight, sum_dy, sum_product / inverse, total)
+        return dx, d_weight, d_bias, None, None
+
+
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return per channel this executor's sums of ``x`` and of its squares, in parts that stay in a core's cache."""
     axes = (0, 2, 3)
@@ -319,9 +357,16 @@ def _norm_sums(
     return product, total
 
 
-def norm_over_channels(x: Tensor, radius: int = 4, bias: float = 1.0, alpha: float = 0.001 / 9) -> Tensor:
-    """Return ``x / (bias + alpha * sum of squares over 2 * radius + 1 channels) ** 0.75``, as tf.nn.lrn does."""
-    return _NormOverChannels.apply(x, radius, bias, alpha)
+def norm_over_channels(
+    x: Tensor, radius: int = 4, bias: float = 1.0, alpha: float = 0.001 / 9, *, rectify: bool = False
+) -> Tensor:
+    """Return ``x / (bias + alpha * sum of squares over 2 * radius + 1 channels) ** 0.75``, as tf.nn.lrn does.
+
+    ``rectify`` applies a ReLU first.
+    """
+    if fused.fits(x):
+        return fused.norm_over_channels(x, radius, bias, alpha, rectify=rectify)
+    return _NormOverChannels.apply(functional.relu(x) if rectify else x, radius, bias, alpha)
 
 
 class _NormOverChannels(torch.autograd.Function):
@@ -359,14 +404,8 @@ def _wide(values: Tensor) -> Tensor:
     return values[None, :, None, None]
 
 
-def _average_pool(x: Tensor) -> Tensor:
-    """Return Caffe's average pool in ceil mode: over real pixels only."""
-    return functional.avg_pool2d(x, 3, 2, ceil_mode=True, count_include_pad=False)
-
-
-def _same_max_pool(x: Tensor) -> Tensor:
-    """Return a 3/2 pool with TensorFlow's SAME padding of even sides: one row and column at the far edge."""
-    return functional.max_pool2d(x, 3, 2, ceil_mode=True)
+def _of(convolution: Any) -> tuple[Tensor, Tensor, int]:
+    return convolution.weight, convolution.bias, convolution.padding[0]
 
 
 def _caffe(

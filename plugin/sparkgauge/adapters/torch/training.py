@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from sparkgauge.adapters.collective import Exchange, FlatGradients
 from sparkgauge.adapters.memory import keep_freed_memory
+from sparkgauge.adapters.replay import Replayed
 from sparkgauge.adapters.torch.checkpoint import (
     module_state,
     random_states,
@@ -23,7 +24,6 @@ from sparkgauge.adapters.torch.checkpoint import (
 )
 from sparkgauge.adapters.torch.inputs import inputs_of
 from sparkgauge.adapters.torch.networks import WHITENING_IMAGES, Speedrun, build
-from sparkgauge.adapters.torch.replay import Replayed
 from sparkgauge.context import CURVE_STEPS, Context, Step
 from sparkgauge.data.shards import Shard
 from sparkgauge.models.cifar10 import RECIPES, Recipe
@@ -87,6 +87,7 @@ class Trainer:
         self._lookahead = _Lookahead(self._state()) if recipe.lookahead else None
         self._total = context.total_steps(shard)
         self._kept: tuple[Any, int] = (0.0, 0)
+        self._known: tuple[Any, Any] = (None, None)
         self._moved_seconds = 0.0
         # one process only: collectives inside a graph are not every version's to capture
         alone_on_gpu = self._on_gpu and context.handle.group is None
@@ -104,11 +105,10 @@ class Trainer:
 
     def step(self, step: Step, rate: float) -> None:
         """Run one training step on this executor's part of the global batch, which may be empty."""
-        self._network.train()
+        if not self._network.training:
+            self._network.train()
         arguments = self._inputs.arguments(step)
-        scalars = torch.tensor([rate, step.global_batch])
-        scalars = scalars.pin_memory().to(self._device, non_blocking=True) if self._on_gpu else scalars.tolist()
-        loss_sum = self._update(scalars, *arguments)
+        loss_sum = self._update(self._scalars(rate, step.global_batch), *arguments)
         if self._averages is not None:
             self._averages.update(step.index)
         if self._lookahead is not None:
@@ -117,6 +117,14 @@ class Trainer:
         done = step.index + 1
         if not self._on_gpu or done % CURVE_STEPS == 0 or done == self._total:
             self._report(moving=step.index > 0)
+
+    def _scalars(self, rate: float, global_batch: int) -> Any:
+        """Return both as the optimiser takes them: on a GPU from its memory, sent where they are new."""
+        if self._known[0] != (rate, global_batch):
+            values = torch.tensor([rate, global_batch])
+            sent = values.pin_memory().to(self._device, non_blocking=True) if self._on_gpu else values.tolist()
+            self._known = (rate, global_batch), sent
+        return self._known[1]
 
     def _updated(self, scalars: Any, *arguments: Tensor) -> Tensor:
         """Update the weights by one step; return this executor's loss, which a GPU may still be computing."""
@@ -285,6 +293,7 @@ def _set_up(on_gpu: bool) -> None:
     """Set what holds for the whole process."""
     if on_gpu:
         torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # as for convolutions, where it is PyTorch's default
     else:
         keep_freed_memory()
 

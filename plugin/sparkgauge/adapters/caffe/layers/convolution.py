@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkgauge.adapters import fused
 from sparkgauge.adapters.caffe.layers.base import Layer, Pass, Shape, Weight, channels_last
 
 aten: Any = torch.ops.aten
@@ -31,6 +32,8 @@ class Convolution(Layer):
         self.padding = self._pair(p, "pad", p.pad, 0)
         self.dilation = self._spread(list(p.dilation), "dilation", 1)
         self.groups = p.group
+        simple = self.groups == 1 and self.stride == self.dilation == (1, 1)
+        self._is_plain = simple and self.padding[0] == self.padding[1]
         if not p.num_output or p.num_output % self.groups or channels % self.groups:
             actual = f"{channels} channels, num_output {p.num_output}, group {self.groups}"
             raise self.error("channels do not divide into groups", actual=actual)
@@ -69,9 +72,11 @@ class Convolution(Layer):
         x = channels_last(bottoms[0])
         self.saved = x if run.training else None
         weight, bias = self.blobs[0], self.blobs[1] if len(self.blobs) > 1 else None
+        if self._is_plain and bias is not None and fused.fits_convolution(x, weight):
+            return [fused.convolution_forward(x, weight, bias, self.padding[0])]
         if self.fused_relu:
-            fused = torch.ops.mkldnn._convolution_pointwise
-            return [fused(x, weight, bias, self.padding, self.stride, self.dilation, self.groups, "relu", [], "")]
+            both = torch.ops.mkldnn._convolution_pointwise
+            return [both(x, weight, bias, self.padding, self.stride, self.dilation, self.groups, "relu", [], "")]
         return [torch.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)]
 
     def backward(self, gradients: list[Tensor], needed: bool, run: Pass) -> list[Tensor]:

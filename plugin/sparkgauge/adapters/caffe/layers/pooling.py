@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkgauge.adapters import fused
 from sparkgauge.adapters.caffe.layers.base import Layer, Pass, Shape, channels_last
 
 aten: Any = torch.ops.aten
@@ -37,6 +38,7 @@ class Pooling(Layer):
         channels, *sides = self._sides()
         self.kernel = (sides[0], sides[1]) if p.global_pooling else self._pair(p, "kernel", "kernel_size")
         self.stride, self.padding = self._pair(p, "stride", "stride"), self._pair(p, "pad", "pad")
+        self.is_plain = self.padding == (0, 0) and len({*self.kernel}) == len({*self.stride}) == 1
         return [(channels, *(self._side(side, axis) for axis, side in enumerate(sides)))]
 
     def _sides(self) -> Shape:
@@ -68,9 +70,15 @@ class Pooling(Layer):
         if self.blocked:
             return self._pool_blocks(bottoms[0], run)
         x = channels_last(bottoms[0])
+        self.is_fused = self.is_plain and fused.fits(x)
         if self.average:
             self.saved = x.shape, x
             return [torch.nn.functional.avg_pool2d(x, self.kernel, self.stride, self.padding, self.round_up, True)]
+        if self.is_fused:
+            geometry = self.kernel[0], self.stride[0]
+            top, places = fused.max_pool_forward(x, *geometry, round_up=self.round_up)
+            self.saved = x, places
+            return [top]
         top, places = aten.max_pool2d_with_indices(x, self.kernel, self.stride, self.padding, (1, 1), self.round_up)
         self.saved = x, places
         return [top]
@@ -83,12 +91,19 @@ class Pooling(Layer):
         if self.blocked:
             return list(torch.autograd.grad(saved[1], saved[0], gradients))
         dy = channels_last(gradients[0])
+        if self.is_fused:
+            return [self._fused_backward(dy, *saved)]
         if self.average:
             geometry = (self.kernel, self.stride, self.padding, self.round_up, True, None)
             return [aten.avg_pool2d_backward(dy, saved[1], *geometry)]
         x, places = saved
         windows = (self.kernel, self.stride, self.padding, (1, 1), self.round_up)
         return [aten.max_pool2d_with_indices_backward(dy, x, *windows, places)]
+
+    def _fused_backward(self, dy: Tensor, x: Any, places: Tensor) -> Tensor:
+        if self.average:
+            return fused.average_pool_backward(dy, x, self.kernel[0], self.stride[0])
+        return fused.max_pool_backward(dy, places, x.shape, self.kernel[0], self.stride[0])
 
     def _pool_blocks(self, x: Tensor, run: Pass) -> list[Tensor]:
         """Return the pooled values of a blocked tensor, without padding; autograd has its gradient only."""

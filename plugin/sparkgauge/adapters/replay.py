@@ -18,21 +18,24 @@ WARM_UP_PASSES = 3
 class Replayed:
     """``step`` as a graph for each shape of its arguments, captured when a shape is first seen."""
 
-    def __init__(self, step: StepFunction, state: Callable[[], list[Tensor]]) -> None:
-        """``state`` returns the tensors that ``step`` changes; captures leave them as they were."""
-        self._step, self._state = step, state
+    def __init__(self, step: StepFunction, state: Callable[[], list[Tensor]], generator: Any = None) -> None:
+        """``state`` returns the tensors that ``step`` changes; captures leave them as they were.
+
+        ``generator`` is the ``torch.Generator`` that ``step`` draws from, so that each replay draws anew.
+        """
+        self._step, self._state, self._generator = step, state, generator
         self._graphs: dict[Any, _Graph] = {}
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """Return the loss of the step, which the GPU may still be computing."""
         shape = tuple(tuple(argument.shape) for argument in arguments)
         if shape not in self._graphs:
-            self._graphs[shape] = _Graph(self._step, arguments, self._state())
+            self._graphs[shape] = _Graph(self._step, arguments, self._state(), self._generator)
         return self._graphs[shape].replay(arguments)
 
 
 class _Graph:
-    def __init__(self, step: StepFunction, arguments: tuple[Tensor, ...], state: list[Tensor]) -> None:
+    def __init__(self, step: StepFunction, arguments: tuple[Tensor, ...], state: list[Tensor], generator: Any) -> None:
         self._arguments = [argument.clone() for argument in arguments]
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
@@ -42,13 +45,16 @@ class _Graph:
                 step(*self._arguments)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        if generator is not None:
+            self._graph.register_generator_state(generator)
+        # thread_local: NCCL's own thread may talk to the device meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._loss = step(*self._arguments)
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
 
     def replay(self, arguments: tuple[Tensor, ...]) -> Tensor:
         for own, given in zip(self._arguments, arguments, strict=True):
-            own.copy_(given)
+            own.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._loss.clone()
