@@ -94,6 +94,8 @@ GPU_PREIMPORTS: Mapping[str, tuple[str, ...]] = dict.fromkeys(
     ("torch", "caffe"), ("sparkgauge.adapters.triton_kernels",)
 )
 """What joins them where the session trains on GPUs."""
+GPU_WARM_STEPS = 2
+"""Steps of a model before its first round on a GPU."""
 
 
 class GaugeSession:
@@ -129,6 +131,7 @@ class GaugeSession:
         self._told: set[str] = set()
         self._shipped: set[Path] = set()
         self._warm_executors: set[str] = set()
+        self._warm_models: set[tuple[Any, ...]] = set()
         self._frameworks: set[str] = set()
         self._wants_gpus = wants_gpus and (bool(gpu.detect()) or not config.embedded)
         self._lease: Lease | None = None
@@ -232,6 +235,19 @@ class GaugeSession:
         self.data_of(workload)
         _adapter(workload).prepare()
         self._tell_superseded(workload)
+        if workload.device == "gpu" and workload.fn is None:
+            self._warm_gpus(workload)
+
+    def _warm_gpus(self, workload: Workload) -> None:
+        """Run two steps and a test of each model once: what is compiled and loaded for seconds belongs to no round."""
+        short = replace(
+            workload, iterations=GPU_WARM_STEPS, epochs=None, test_every=None, save_to="", checkpoint_every=None
+        )
+        trained = (workload.framework, workload.model, workload.batch_size, workload.executors)
+        if trained not in self._warm_models:
+            self.progress.message(f"warming up {workload.framework} {workload.model} on the GPU")
+            self._run_round(short, workload.seed, lambda _: None)
+            self._warm_models.add(trained)
 
     def _tell_superseded(self, workload: Workload) -> None:
         """Say once which fields of a Caffe solver have no effect here."""
@@ -243,6 +259,12 @@ class GaugeSession:
 
     def run_round(self, workload: Workload, seed: int, index: int, planned: int) -> Round:
         """Return one round of ``workload``; afterwards no task of it is left, however it ended."""
+        tell = self.progress.update
+        return self._run_round(
+            workload, seed, lambda p: tell(index, p.step, p.total_steps, p.images_per_second, p.loss)
+        )
+
+    def _run_round(self, workload: Workload, seed: int, on_progress: Callable[[Any], None]) -> Round:
         from sparkgauge.rounds import run_round
 
         cluster = self.cluster(device=workload.device)
@@ -255,7 +277,7 @@ class GaugeSession:
                 _launcher(workload),
                 timeout_seconds=workload.timeout_seconds,
                 advertised_host=self._advertised_host(cluster),
-                on_progress=lambda p: self.progress.update(index, p.step, p.total_steps, p.images_per_second, p.loss),
+                on_progress=on_progress,
             )
         except BaseException:
             self._clean_up(cluster)

@@ -103,6 +103,24 @@ def test_too_few_gpus_are_said_before_anything_starts(play: Play, tmp_path: Path
         gauge._check_gpus(make_workload(executors=2, device="gpu"))
 
 
+def test_each_model_runs_once_before_its_first_round_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = session(tmp_path, wants_gpus=False)
+    taken: list[Any] = []
+    monkeypatch.setattr(made, "_run_round", lambda workload, seed, on_progress: taken.append(workload))
+    monkeypatch.setattr(made, "cluster", lambda device: None)
+    monkeypatch.setattr(made, "data_of", lambda workload: None)
+    on_gpu = make_workload(framework="torch", executors=1, device="gpu", iterations=500, test_every=100)
+    for workload in (
+        on_gpu,
+        replace(on_gpu, iterations=300),
+        replace(on_gpu, batch_size=64),
+        replace(on_gpu, device="cpu"),
+        replace(on_gpu, fn=print),
+    ):
+        made.prepare(workload)
+    assert [(one.batch_size, one.iterations, one.test_every) for one in taken] == [(100, 2, None), (64, 2, None)]
+
+
 def test_no_baseline_of_played_gpus(play: Play, tmp_path: Path) -> None:
     play(1)
     gauge = session(tmp_path).test("test_a.py::test_a", timer=lambda *arguments: True)  # type: ignore[arg-type]
