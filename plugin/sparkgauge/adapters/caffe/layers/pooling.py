@@ -38,7 +38,7 @@ class Pooling(Layer):
         channels, *sides = self._sides()
         self.kernel = (sides[0], sides[1]) if p.global_pooling else self._pair(p, "kernel", "kernel_size")
         self.stride, self.padding = self._pair(p, "stride", "stride"), self._pair(p, "pad", "pad")
-        self.is_plain = self.padding == (0, 0) and len({*self.kernel}) == len({*self.stride}) == 1
+        self._is_plain = self.padding == (0, 0) and len({*self.kernel}) == len({*self.stride}) == 1
         return [(channels, *(self._side(side, axis) for axis, side in enumerate(sides)))]
 
     def _sides(self) -> Shape:
@@ -70,11 +70,11 @@ class Pooling(Layer):
         if self.blocked:
             return self._pool_blocks(bottoms[0], run)
         x = channels_last(bottoms[0])
-        self.is_fused = self.is_plain and fused.fits(x)
+        self._is_fused = self._is_plain and fused.fits(x)
         if self.average:
             self.saved = x.shape, x
             return [torch.nn.functional.avg_pool2d(x, self.kernel, self.stride, self.padding, self.round_up, True)]
-        if self.is_fused:
+        if self._is_fused:
             geometry = self.kernel[0], self.stride[0]
             top, places = fused.max_pool_forward(x, *geometry, round_up=self.round_up)
             self.saved = x, places
@@ -91,7 +91,7 @@ class Pooling(Layer):
         if self.blocked:
             return list(torch.autograd.grad(saved[1], saved[0], gradients))
         dy = channels_last(gradients[0])
-        if self.is_fused:
+        if self._is_fused:
             return [self._fused_backward(dy, *saved)]
         if self.average:
             geometry = (self.kernel, self.stride, self.padding, self.round_up, True, None)
