@@ -175,24 +175,34 @@ class SelfCheck:
 
 
 def calibrate_stored(
-    trace: Sequence[float], policy: Policy, *, rounds: int, most_rounds: int, resamplings: int = RESAMPLINGS
+    trace: Sequence[float],
+    policy: Policy,
+    *,
+    rounds: int,
+    most_rounds: int,
+    resamplings: int = RESAMPLINGS,
+    references: Sequence[float] = (),
 ) -> Rates:
     """Return how the gate decides between two runs of neighbouring rounds of ``trace``.
 
-    ``rounds`` are planned on either side; the candidate may take up to ``most_rounds``. NotMeasuredError for a trace
-    shorter than two sides.
+    ``rounds`` are planned on either side; the candidate may take up to ``most_rounds``. ``references`` are the
+    reference kernel's times beside the rounds, which a session's comparisons use; empty for none. NotMeasuredError for
+    a trace shorter than two sides.
     """
     import numpy as np
 
     values, generator = _usable(trace, rounds + most_rounds), np.random.default_rng(0)
+    beside = tuple(float(one) for one in references)
     starts = [_two_starts(len(values), rounds, most_rounds, generator) for _ in range(resamplings)]
 
     def outcomes(effect: float, count: int) -> list[tuple[str, int]]:
         slower = values * (1.0 + effect)
-        return [
-            _judged(values[one : one + rounds].tolist(), slower[two : two + most_rounds].tolist(), rounds, policy)
-            for one, two in starts[:count]
-        ]
+        found = []
+        for one, two in starts[:count]:
+            first, second = slice(one, one + rounds), slice(two, two + most_rounds)
+            before = _runtimes(values[first].tolist(), beside[first])
+            found.append(_judged(before, _runtimes(slower[second].tolist(), beside[second]), rounds, policy))
+        return found
 
     return _rates(outcomes, resamplings, most_rounds, few=resamplings // 5)
 
@@ -233,9 +243,19 @@ def paired_differences(
     return differences
 
 
-def judged_stored(baseline: Sequence[float], candidate: Sequence[float], policy: Policy) -> str:
-    """Return the gate's status on all of ``candidate`` (seconds) against a stored ``baseline``, in one look."""
-    return _judged(baseline, candidate, len(candidate), policy)[0]
+def judged_stored(
+    baseline: Sequence[float],
+    candidate: Sequence[float],
+    policy: Policy,
+    *,
+    references: tuple[Sequence[float], Sequence[float]] = ((), ()),
+) -> str:
+    """Return the gate's status on all of ``candidate`` (seconds) against a stored ``baseline``, in one look.
+
+    ``references`` are the reference kernel's times beside either; empty for none.
+    """
+    before, after = (_runtimes(*side) for side in zip((baseline, candidate), references, strict=True))
+    return _judged(before, after, len(candidate), policy)[0]
 
 
 Outcomes = Callable[[float, int], "list[tuple[str, int]]"]
@@ -301,24 +321,26 @@ def _two_starts(count: int, first: int, second: int, generator: np.random.Genera
     return before + second + between, before
 
 
-def _judged(before: Sequence[float], after: Sequence[float], rounds: int, policy: Policy) -> tuple[str, int]:
+def _judged(before: Samples, after: Samples, rounds: int, policy: Policy) -> tuple[str, int]:
     """Return the gate's status and the candidate's rounds at it; rounds beyond the planned ones come one by one.
 
     The looks are those of the gate while it is undecided; what it adds to a verdict for people is left out.
     """
-    quantity = BaselineQuantity("runtime_seconds", _runtimes(before), policy=policy)
-    look, grows = 1, len(after) > rounds
+    quantity = BaselineQuantity("runtime_seconds", before, policy=policy)
+    look, most = 1, len(after.values)
+    grows = most > rounds
     while True:
-        measurement = Measurement(_runtimes(after[:rounds]), policy=policy)
+        measurement = Measurement(_runtimes(after.values[:rounds], after.reference_seconds[:rounds]), policy=policy)
         confidence = stats.confidence_at_look(policy.confidence, look) if grows else policy.confidence
         status = _against_baseline(measurement, quantity, confidence).status
-        if status != "inconclusive" or rounds >= len(after):
+        if status != "inconclusive" or rounds >= most:
             return status, rounds
         look, rounds = look + 1, rounds + 1
 
 
-def _runtimes(values: Sequence[float]) -> Samples:
-    return Samples(tuple(float(value) for value in values), "runtime_seconds", "s", "lower")
+def _runtimes(values: Sequence[float], references: Sequence[float] = ()) -> Samples:
+    times = tuple(float(value) for value in values)
+    return Samples(times, "runtime_seconds", "s", "lower", reference_seconds=tuple(references))
 
 
 # ------------------------------------------------------------------------------------------------------ storage

@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 import random
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def run(settings: Settings, stream: Stream) -> selfcheck.SelfCheck:
         machine, data = taker.session.environment, taker.session.dataset().identity.kind
         workload = taker.workload.to_dict()
     progress.message(f"sparkgauge: resampling {len(alike)} rounds {selfcheck.RESAMPLINGS} times")
-    policy, runtimes = Policy(), tuple(one.runtime_seconds for one in alike)
+    policy, runtimes, references = Policy(), tuple(one.runtime_seconds for one in alike), _references(alike)
     check = selfcheck.SelfCheck(
         when=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         hardware_class=machine.hardware_class,
@@ -94,7 +95,9 @@ def run(settings: Settings, stream: Stream) -> selfcheck.SelfCheck:
         runtime_seconds=runtimes,
         cpu_seconds=tuple(cpu_seconds(one) for one in alike),
         load_average=tuple(one.load_average for one in alike),
-        stored=selfcheck.calibrate_stored(runtimes, policy, **_planned(), resamplings=selfcheck.RESAMPLINGS),
+        stored=selfcheck.calibrate_stored(
+            runtimes, policy, **_planned(), resamplings=selfcheck.RESAMPLINGS, references=references
+        ),
         paired=selfcheck.calibrate_paired(runtimes, policy, resamplings=selfcheck.RESAMPLINGS),
         injection=injection,
     )
@@ -135,7 +138,9 @@ class Taker:
         """Return one round, slowed down by ``injections``."""
         self.session.config = replace(self.session.config, injections=dict(injections or {}))
         self.taken += 1
-        return self.session.run_round(self.workload, SEED, self.taken - 1, self.taken)
+        reference = self.session.time_reference(self.workload)
+        taken = self.session.run_round(self.workload, SEED, self.taken - 1, self.taken)
+        return replace(taken, reference_seconds=reference)
 
     def alike(self, *, until: float) -> list[Round]:
         """Return rounds in which nothing changes, taken until the time (monotonic) is over; enough for resampling."""
@@ -194,7 +199,7 @@ def _injection(
 ) -> selfcheck.Injection:
     before, after = ([one.runtime_seconds for one in side] for side in (plain, slowed))
     ratio = stats.ratio_interval(before, after, confidence=0.95, paired=True)
-    first, policy = [one.runtime_seconds for one in alike], Policy()
+    first, policy = alike[: _planned()["rounds"]], Policy()
     sides = phase_samples(plain), phase_samples(slowed)
     return selfcheck.Injection(
         phase="compute",
@@ -203,12 +208,19 @@ def _injection(
         plain_seconds=tuple(before),
         slowed_seconds=tuple(after),
         paired="inconclusive" if status == "open" else status,
-        stored=selfcheck.judged_stored(first[: _planned()["rounds"]], after, policy),
+        stored=selfcheck.judged_stored(
+            [one.runtime_seconds for one in first], after, policy, references=(_references(first), _references(slowed))
+        ),
         named_phase=stats.localise(*sides, paired=True).named if sides[0].keys() == sides[1].keys() else None,
         ratio=ratio.estimate,
         ratio_low=ratio.low if ratio.is_bounded else None,
         ratio_high=ratio.high if ratio.is_bounded else None,
     )
+
+
+def _references(rounds: list[Round]) -> list[float]:
+    """Return the reference kernel's time beside each round, the mean over its executors."""
+    return [statistics.fmean(one.reference_seconds) for one in rounds]
 
 
 def _phase_fraction(alike: list[Round]) -> float:

@@ -98,6 +98,17 @@ def test_a_machine_that_drifts_raises_false_alarms_stored_and_not_in_pairs() -> 
     assert "stored comparisons raise more false alarms" in a_check(stored=stored).concerns()[0]
 
 
+def test_the_reference_kernel_tells_a_drift_from_a_regression() -> None:
+    levels = np.repeat(np.array([1.0, 1.5, 1.0, 1.5]), 16)
+    trace, beside = levels * noise(0.01, 64), 0.15 * levels * noise(0.01, 64)[::-1]
+    settings = {"rounds": 5, "most_rounds": 8, "resamplings": 100}
+    assert selfcheck.calibrate_stored(trace, POLICY, **settings).false_positives.fraction > 0.1
+    assert selfcheck.calibrate_stored(trace, POLICY, **settings, references=beside).false_positives.count == 0
+    assert selfcheck.judged_stored(trace[:8], trace[16:24], POLICY) == "regressed"
+    sides = beside[:8], beside[16:24]
+    assert selfcheck.judged_stored(trace[:8], trace[16:24], POLICY, references=sides) != "regressed"
+
+
 def test_sides_of_a_stored_comparison_share_no_round() -> None:
     generator = np.random.default_rng(0)
     for _ in range(500):
