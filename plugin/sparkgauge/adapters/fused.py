@@ -21,6 +21,8 @@ aten: Any = torch.ops.aten
 
 BLOCK = 1024
 """Numbers per thread block: eight for each of its threads."""
+OLDEST = (8, 0)
+"""Compute capability of the first GPUs with TF32 and bfloat16 (Ampere)."""
 PIXELS = 64
 """Pixels whose windows a thread block multiplies with the filters at a time."""
 LONGEST_WINDOW = 128
@@ -55,7 +57,9 @@ def fits(x: Tensor) -> bool:
 
 @functools.cache
 def kernels() -> Any:
-    """Return the module of kernels; None where Triton is not installed."""
+    """Return the module of kernels; None where Triton is not installed, or the GPU older than it supports well."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+        return None
     try:
         from sparkgauge.adapters import triton_kernels
     except ImportError:
