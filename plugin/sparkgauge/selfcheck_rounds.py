@@ -138,9 +138,7 @@ class Taker:
         """Return one round, slowed down by ``injections``."""
         self.session.config = replace(self.session.config, injections=dict(injections or {}))
         self.taken += 1
-        reference = self.session.time_reference(self.workload)
-        taken = self.session.run_round(self.workload, SEED, self.taken - 1, self.taken)
-        return replace(taken, reference_seconds=reference)
+        return self.session.run_referenced_round(self.workload, SEED, self.taken - 1, self.taken)
 
     def alike(self, *, until: float) -> list[Round]:
         """Return rounds in which nothing changes, taken until the time (monotonic) is over; enough for resampling."""

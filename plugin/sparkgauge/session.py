@@ -240,14 +240,15 @@ class GaugeSession:
 
     def _warm_gpus(self, workload: Workload) -> None:
         """Run two steps and a test of each model once: what is compiled and loaded for seconds belongs to no round."""
+        trained = (workload.framework, workload.model, workload.batch_size, workload.executors)
+        if trained in self._warm_models:
+            return
+        self.progress.message(f"warming up {workload.framework} {workload.model} on the GPU")
         short = replace(
             workload, iterations=GPU_WARM_STEPS, epochs=None, test_every=None, save_to="", checkpoint_every=None
         )
-        trained = (workload.framework, workload.model, workload.batch_size, workload.executors)
-        if trained not in self._warm_models:
-            self.progress.message(f"warming up {workload.framework} {workload.model} on the GPU")
-            self._run_round(short, workload.seed, lambda _: None)
-            self._warm_models.add(trained)
+        self._run_round(short, workload.seed, lambda _: None)
+        self._warm_models.add(trained)
 
     def _tell_superseded(self, workload: Workload) -> None:
         """Say once which fields of a Caffe solver have no effect here."""
@@ -282,6 +283,11 @@ class GaugeSession:
         except BaseException:
             self._clean_up(cluster)
             raise
+
+    def run_referenced_round(self, workload: Workload, seed: int, index: int, planned: int) -> Round:
+        """Return one round of ``workload`` with the reference kernel's time just before it."""
+        reference = self.time_reference(workload)
+        return replace(self.run_round(workload, seed, index, planned), reference_seconds=reference)
 
     def time_reference(self, workload: Workload) -> tuple[float, ...]:
         """Return the reference kernel's seconds on each executor; empty where another side is measured in turn.
@@ -502,7 +508,7 @@ class TestGauge:
             max_rounds=max(session.config.max_rounds, workload.rounds),
             budget=self.trainings[0].budget if self.trainings else Budget(session.config.budget_seconds),
             settle=self.settle,
-            run_round=self._referenced_round,
+            run_round=session.run_referenced_round,
             describe=self._describe,
             observer=lambda verdict, samples: self._observe(training.label, verdict, samples),
         )
@@ -614,11 +620,6 @@ class TestGauge:
             return taken
 
         training.timed = self.timer(training.label, training.workload, take, rounds, warmups, before)
-
-    def _referenced_round(self, workload: Workload, seed: int, index: int, planned: int) -> Round:
-        """Return a round beyond the planned ones, the reference kernel timed before it as before the others."""
-        reference = self.session.time_reference(workload)
-        return replace(self.session.run_round(workload, seed, index, planned), reference_seconds=reference)
 
     def _interleave(self, pending: list[Training]) -> None:
         """Take the rounds in turn, every second turn in the opposite order (A B, B A, ...), against drift."""

@@ -84,7 +84,7 @@ class _AveragePool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: int, stride: int, rectify: bool) -> Tensor:
         x = _channels_last(x)
-        y = _like(x, pooled_shape(x.shape, kernel, stride))
+        y = _like(x, _pooled_shape(x.shape, kernel, stride))
         _run("average_forward", y, (x, y), (*x.shape[1:], *y.shape[2:], kernel, stride, rectify))
         ctx.save_for_backward(x if rectify else x.new_empty(0))
         ctx.geometry = x.shape, kernel, stride
@@ -117,7 +117,7 @@ def max_pool_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the maxima (b, c, oh, ow) and where in its window each lies (uint8), which the gradient needs."""
     x = _channels_last(x)
-    y = _like(x, pooled_shape(x.shape, kernel, stride, round_up=round_up))
+    y = _like(x, _pooled_shape(x.shape, kernel, stride, round_up=round_up))
     places = torch.empty_like(y, dtype=torch.uint8)
     _run("max_forward", y, (x, y, places), (*x.shape[1:], *y.shape[2:], kernel, stride, rectify))
     return y, places
@@ -176,10 +176,12 @@ def convolution_forward(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -
     """Return the convolution (b, filters, rows, columns) in the autocast's type where there is one."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     x, weight = _channels_last(x), _channels_last(weight)
-    y = _like(x, _convolved_shape(x, weight, padding), dtype)
-    pixels = y.numel() // y.shape[1]
-    grid = (-(-pixels // PIXELS),)
-    kernels().convolution_forward[grid](x, weight, bias, y, pixels, *_convolution_constants(x, weight, y, padding))
+    filters, _, kernel, _ = weight.shape
+    y = _like(x, (len(x), filters, *(side + 2 * padding - kernel + 1 for side in x.shape[2:])), dtype)
+    pixels = y.numel() // filters
+    filled = (max(16, 1 << (count - 1).bit_length()) for count in (weight[0].numel(), filters))
+    constants = (*x.shape[1:], *y.shape[2:], kernel, padding, filters, *filled, PIXELS)
+    kernels().convolution_forward[(-(-pixels // PIXELS),)](x, weight, bias, y, pixels, *constants)
     return y
 
 
@@ -201,17 +203,7 @@ class _FirstConvolution(torch.autograd.Function):
         return None, *(None if one is None else one.float() for one in found[1:]), None
 
 
-def _convolved_shape(x: Tensor, weight: Tensor, padding: int) -> tuple[int, int, int, int]:
-    rows, columns = (side + 2 * padding - weight.shape[2] + 1 for side in x.shape[2:])
-    return len(x), len(weight), rows, columns
-
-
-def _convolution_constants(x: Tensor, weight: Tensor, y: Tensor, padding: int) -> tuple[int, ...]:
-    filled = (max(16, 1 << (count - 1).bit_length()) for count in (weight[0].numel(), len(weight)))
-    return (*x.shape[1:], *y.shape[2:], weight.shape[2], padding, len(weight), *filled, PIXELS)
-
-
-def pooled_shape(shape: Any, kernel: int, stride: int, *, round_up: bool = True) -> tuple[int, int, int, int]:
+def _pooled_shape(shape: Any, kernel: int, stride: int, *, round_up: bool = True) -> tuple[int, int, int, int]:
     """Return the shape of a pool's output; a last window that would begin outside is none."""
     images, channels, *sides = shape
     rows, columns = (_pooled_side(side, kernel, stride, round_up) for side in sides)

@@ -16,6 +16,29 @@ NOWHERE = tl.constexpr(255)
 
 
 @triton.jit
+def _place(at, C: tl.constexpr, W: tl.constexpr, H: tl.constexpr):
+    """Return channel, column, row and image of the number ``at`` of images (H, W, C)."""
+    return at % C, (at // C) % W, (at // (C * W)) % H, at // (C * W * H)
+
+
+@triton.jit
+def _window_above(c, w, h, image, a, b, OH, OW, C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
+    """Return row and column of a window, ``a`` and ``b`` before the last that may hold a pixel, its number, the pixel's
+    place in it, and whether there is such a window that holds it."""
+    row, column = h // STRIDE - a, w // STRIDE - b
+    i, j = h - row * STRIDE, w - column * STRIDE
+    holds = (row >= 0) & (row < OH) & (column >= 0) & (column < OW) & (i < KERNEL) & (j < KERNEL)
+    return row, column, ((image * OH + row) * OW + column) * C + c, i * KERNEL + j, holds
+
+
+@triton.jit
+def _pixels(row, column, H: tl.constexpr, W: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
+    """Return how many real pixels a window holds."""
+    height = tl.minimum(row * STRIDE + KERNEL, H) - row * STRIDE
+    return height * (tl.minimum(column * STRIDE + KERNEL, W) - column * STRIDE)
+
+
+@triton.jit
 def max_forward(
     x_ptr,
     y_ptr,
@@ -34,7 +57,7 @@ def max_forward(
     """Write the maximum of each window, and where in it the first of equal maxima lies (uint8, in reading order)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
-    c, column, row, image = at % C, (at // C) % OW, (at // (C * OW)) % OH, at // (C * OW * OH)
+    c, column, row, image = _place(at, C, OW, OH)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
     for i in tl.static_range(KERNEL):
@@ -70,17 +93,15 @@ def max_backward(
     """Give each input the gradients of the windows that took their maximum from it."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
-    c, w, h, image = at % C, (at // C) % W, (at // (C * W)) % H, at // (C * W * H)
+    c, w, h, image = _place(at, C, W, H)
     dx = tl.zeros((BLOCK,), tl.float32)
     for a in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
         for b in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
-            row, column = h // STRIDE - a, w // STRIDE - b
-            i, j = h - row * STRIDE, w - column * STRIDE
-            valid = inside & (row >= 0) & (row < OH) & (column >= 0) & (column < OW) & (i < KERNEL) & (j < KERNEL)
-            window = ((image * OH + row) * OW + column) * C + c
+            _row, _column, window, within, holds = _window_above(c, w, h, image, a, b, OH, OW, C, KERNEL, STRIDE)
+            valid = inside & holds
             place = tl.load(places_ptr + window, mask=valid, other=255).to(tl.int32)
             dy = tl.load(dy_ptr + window, mask=valid, other=0.0).to(tl.float32)
-            dx += tl.where(place == i * KERNEL + j, dy, 0.0)
+            dx += tl.where(place == within, dy, 0.0)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -102,7 +123,7 @@ def average_forward(
     """Write the mean of each window's real pixels, rectified first if ``RECTIFY``."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
-    c, column, row, image = at % C, (at // C) % OW, (at // (C * OW)) % OH, at // (C * OW * OH)
+    c, column, row, image = _place(at, C, OW, OH)
     sums = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(KERNEL):
         for j in tl.static_range(KERNEL):
@@ -110,9 +131,8 @@ def average_forward(
             valid = inside & (h < H) & (w < W)
             value = tl.load(x_ptr + ((image * H + h) * W + w) * C + c, mask=valid, other=0.0).to(tl.float32)
             sums += tl.where(value <= 0, 0.0, value) if RECTIFY else value
-    height = tl.minimum(row * STRIDE + KERNEL, H) - row * STRIDE
-    width = tl.minimum(column * STRIDE + KERNEL, W) - column * STRIDE
-    tl.store(y_ptr + at, (sums / (height * width)).to(y_ptr.dtype.element_ty), mask=inside)
+    mean = sums / _pixels(row, column, H, W, KERNEL, STRIDE)
+    tl.store(y_ptr + at, mean.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -134,18 +154,14 @@ def average_backward(
     """Give each input its share of the gradients of the windows that it lies in; ``x_ptr`` is read if ``RECTIFY``."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
-    c, w, h, image = at % C, (at // C) % W, (at // (C * W)) % H, at // (C * W * H)
+    c, w, h, image = _place(at, C, W, H)
     dx = tl.zeros((BLOCK,), tl.float32)
     for a in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
         for b in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
-            row, column = h // STRIDE - a, w // STRIDE - b
-            i, j = h - row * STRIDE, w - column * STRIDE
-            valid = inside & (row >= 0) & (row < OH) & (column >= 0) & (column < OW) & (i < KERNEL) & (j < KERNEL)
-            height = tl.minimum(row * STRIDE + KERNEL, H) - row * STRIDE
-            width = tl.minimum(column * STRIDE + KERNEL, W) - column * STRIDE
-            window = ((image * OH + row) * OW + column) * C + c
+            row, column, window, _within, holds = _window_above(c, w, h, image, a, b, OH, OW, C, KERNEL, STRIDE)
+            valid = inside & holds
             dy = tl.load(dy_ptr + window, mask=valid, other=0.0).to(tl.float32)
-            dx += tl.where(valid, dy / (height * width), 0.0)
+            dx += tl.where(valid, dy / _pixels(row, column, H, W, KERNEL, STRIDE), 0.0)
     if RECTIFY:
         x = tl.load(x_ptr + at, mask=inside, other=0.0)
         dx = tl.where(x <= 0, 0.0, dx)

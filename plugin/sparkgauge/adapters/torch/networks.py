@@ -270,11 +270,7 @@ class _GlobalNorm(torch.autograd.Function):
         x = x if x.dtype == torch.float64 else x.float()  # sums in half precision would not do
         channels = x.shape[1]
         count = x.new_full((1,), x.numel() // channels)
-        sums = exchange.sum_(torch.cat([*_moments(x), count]))
-        total = sums[-1]
-        mean = sums[:channels] / total
-        variance = (sums[channels:-1] / total - mean * mean).clamp_min(0)
-        inverse = torch.rsqrt(variance + epsilon)
+        mean, variance, inverse, total = _shared_moments(exchange, *_moments(x), count, epsilon)
         scale = weight * inverse
         y = torch.addcmul(_wide(bias - mean * scale), x, _wide(scale))
         ctx.save_for_backward(x, weight, mean, variance, inverse, total)
@@ -307,16 +303,11 @@ class _GlobalNormOnGpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, exchange: Exchange, epsilon: float) -> Any:
         x = x.contiguous(memory_format=torch.channels_last)
-        channels = x.shape[1]
         mean, inverse = torch.batch_norm_stats(x, epsilon)
-        count = mean.new_full((1,), x.numel() // channels)
+        count = mean.new_full((1,), x.numel() // x.shape[1])
         squares = inverse.pow(-2).sub_(epsilon).addcmul_(mean, mean)
-        sums = exchange.sum_(torch.cat([mean * count, squares * count, count]))
-        total = sums[-1]
-        mean = sums[:channels] / total
-        variance = (sums[channels:-1] / total - mean * mean).clamp_min(0)
-        inverse = torch.rsqrt(variance + epsilon)
-        ctx.save_for_backward(x, weight, mean, inverse, sums[-1:].int())
+        mean, variance, inverse, total = _shared_moments(exchange, mean * count, squares * count, count, epsilon)
+        ctx.save_for_backward(x, weight, mean, inverse, total[None].int())
         ctx.exchange = exchange
         ctx.mark_non_differentiable(mean, variance, total)
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, epsilon), mean, variance, total
@@ -333,6 +324,17 @@ class _GlobalNormOnGpu(torch.autograd.Function):
         sum_dy, sum_product = sums.chunk(2)
         dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse, weight, sum_dy, sum_product / inverse, total)
         return dx, d_weight, d_bias, None, None
+
+
+def _shared_moments(
+    exchange: Exchange, first: Tensor, second: Tensor, count: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean, variance, 1 / deviation and count over all executors, of this one's sums per channel and count."""
+    sums = exchange.sum_(torch.cat([first, second, count]))
+    total, channels = sums[-1], len(first)
+    mean = sums[:channels] / total
+    variance = (sums[channels:-1] / total - mean * mean).clamp_min(0)
+    return mean, variance, torch.rsqrt(variance + epsilon), total
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
