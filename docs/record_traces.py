@@ -11,9 +11,9 @@ as JSON text.
 
 ``--competitors N`` starts N processes that work and rest in random bursts, as other jobs of a shared machine do.
 ``--spark`` records real trainings instead: short rounds of cifar10_quick on the embedded cluster, all with one seed,
-with ``<phase>_seconds`` and ``<phase>_cpu_seconds`` (means over the executors) beside the columns above;
-``cpu_seconds`` are then those of the training processes together. ``--label`` says in the file what the machine was
-doing.
+with ``step_reference_seconds`` (the session's own kernel between the steps), ``<phase>_seconds`` and
+``<phase>_cpu_seconds`` (means over the executors) beside the columns above; ``cpu_seconds`` are then those of the
+training processes together. ``--label`` says in the file what the machine was doing.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def record_spark(
         }
     columns = dict(zip(("reference_seconds", "reference_cpu_seconds", "load_average"), np.array(beside).T, strict=True))
     columns["wall_seconds"] = np.array([one.runtime_seconds for one in rounds])
+    columns["step_reference_seconds"] = np.array([store.piece_seconds(one) for one in rounds])
     columns["cpu_seconds"] = np.array([store.cpu_seconds(one) for one in rounds])
     for phase, values in selfcheck_rounds.phase_samples(rounds).items():
         columns[f"{phase}_seconds"] = np.array(values)

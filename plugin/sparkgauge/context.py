@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkgauge.channel import ExecutorChannel
 from sparkgauge.job import Job
+from sparkgauge.kernel import BetweenSteps
 from sparkgauge.phases import PhaseClock
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class Context:
         self.handle = handle
         """The framework's own handle: with TensorFlow the ``MultiWorkerMirroredStrategy``."""
         self.step_seconds: list[float] = []
+        self.reference_seconds: list[float] = []
+        """Wall seconds of the reference kernel's pieces between the steps; none on GPUs, whose pace it cannot tell."""
         self.curve: list[dict[str, float]] = []
         self.train_images = 0
         self.test_images = 0
@@ -113,6 +116,7 @@ class Context:
         After :meth:`restore` has found a checkpoint the first one is the step that follows it.
         """
         total = self.total_steps(shard)
+        kernel = BetweenSteps(total) if self.device == "cpu" else None
         for index in range(self._first_step, total):
             began, excluded = time.monotonic(), self._excluded_seconds()
             self._clock.switch("feed")
@@ -131,6 +135,8 @@ class Context:
             if index > self._first_step:
                 self.step_seconds.append(time.monotonic() - began - tested)
             self._after_step(index, total)
+            if kernel is not None and kernel.is_due(index):
+                self._time(kernel)
         self._clock.switch("collect")
 
     @property
@@ -196,6 +202,11 @@ class Context:
             part = base64.b64encode(content[start : start + FILE_PART_BYTES]).decode()
             self._channel.send("file", ending=ending, content=part)
 
+    def _time(self, kernel: BetweenSteps) -> None:
+        with self._clock.paused():
+            kernel.time()
+        self.reference_seconds = kernel.seconds
+
     def _after_step(self, index: int, total: int) -> None:
         if (index + 1) % CURVE_STEPS == 0 or index + 1 == total:
             self._point()
@@ -211,7 +222,7 @@ class Context:
     def _point(self, **test: int) -> None:
         if self._loss_images:
             self._last_loss = self._loss_sum / self._loss_images
-        elapsed = time.monotonic() - self._channel.driver_start
+        elapsed = time.monotonic() - self._channel.driver_start - self._clock.paused_seconds
         point = {"step": self._step_number, "loss_sum": self._loss_sum, "images": self._loss_images}
         self.curve.append({**point, "elapsed_seconds": elapsed, **test})
         self._loss_sum, self._loss_images = 0.0, 0

@@ -181,6 +181,7 @@ def _summary(context: Context, clock: PhaseClock, metrics: dict[str, float]) -> 
         "phases": to_json(clock.seconds()),
         "phase_cpu_seconds": to_json(clock.cpu_seconds()),
         "step_seconds": context.step_seconds,
+        "reference_seconds": context.reference_seconds,
         "curve": context.curve,
         "train_images": context.train_images,
         "test_images": context.test_images,

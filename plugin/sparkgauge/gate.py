@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, cast
@@ -17,7 +17,7 @@ from sparkgauge import stats
 from sparkgauge.errors import ConfigurationError, NotMeasuredError
 from sparkgauge.records import Baseline, RunRecord, Status, Verdict
 from sparkgauge.stats import Better, Interval, Scale
-from sparkgauge.store import DEFAULT_LABEL, run_samples, sample_key
+from sparkgauge.store import DEFAULT_LABEL, REFERENCES, run_samples, sample_key
 
 METRICS: dict[str, tuple[str, Better]] = {
     "runtime_seconds": ("s", "lower"),
@@ -98,7 +98,9 @@ class Samples:
     test_count: int | None = None
     """Images behind each accuracy, whose binomial noise is the least noise assumed."""
     reference_seconds: tuple[float, ...] = ()
-    """The reference kernel's time beside each value, where it was timed for all of them; empty otherwise."""
+    """The reference kernel's time before each value's round, where it was timed for all of them; empty otherwise."""
+    step_reference_seconds: tuple[float, ...] = ()
+    """The usual time of its pieces between the steps of each round; empty likewise."""
 
     def __post_init__(self) -> None:
         if (self.unit == "fraction") != (unit_of(self.metric) == "fraction"):
@@ -285,7 +287,7 @@ def samples_of(run: RunRecord, metric: str, *, unit: str | None = None, better: 
     check_valid(run)
     seeds = tuple(one.seed for one in run.valid_rounds)
     samples = _samples(metric, available[metric], seeds, run.data.test_count, unit=unit, better=better)
-    return _with_reference(samples, available.get("reference_seconds", ()))
+    return _with_references(samples, available)
 
 
 def check_valid(run: RunRecord) -> None:
@@ -295,7 +297,7 @@ def check_valid(run: RunRecord) -> None:
             f"{run.label!r} was not measured",
             expected="at least one valid round",
             actual=f"none of {len(run.rounds)}: {run.rounds[-1].invalid}",
-            hint="Spark's log says why the task was lost; a round with a retry is no sample.",
+            hint="A round with a retry is no sample: run the test again.",
         )
 
 
@@ -321,7 +323,7 @@ def baseline_quantity(
         # The run's own direction decides; a user's metric needs some direction here only to be stored samples at all.
         side = better or (None if metric in METRICS else "lower")
         samples = _samples(metric, values, seeds, baseline.data.test_count, unit=unit, better=side)
-        samples = _with_reference(samples, baseline.samples.get(sample_key(label, "reference_seconds"), ()))
+        samples = _with_references(samples, baseline.samples, label)
         return BaselineQuantity(
             metric, samples, margin=margin, policy=policy, file=file, observer=observer, where=where
         )
@@ -572,11 +574,12 @@ def _decision(
 ) -> tuple[Status, Interval, str]:
     """Return status, change and what was done about the machine's state."""
     if candidate.scale == "ratio":
-        references = _references(stored, candidate)
+        *references, between_steps = _references(stored, candidate)
         found = stats.compare_stored(
             stored.values,
             candidate.values,
             *references,
+            between_steps=between_steps,
             margin=margin,
             alpha=1.0 - confidence,
             better=candidate.better,
@@ -589,15 +592,21 @@ def _decision(
     return stats.decide(change, limit=limit, better=candidate.better, no_change=0.0), change, ""
 
 
-def _references(stored: Samples, candidate: Samples) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """Return the reference kernel's times beside both sides; rates get their reciprocals, so that dividing removes the
-    machine's speed from them too; nothing for a quantity that is no time and no rate."""
-    sides = stored.reference_seconds, candidate.reference_seconds
+def _references(stored: Samples, candidate: Samples) -> tuple[Sequence[float] | None, Sequence[float] | None, bool]:
+    """Return the reference kernel's times beside both sides, those between the steps where both have them, and whether
+    they are these. Rates get their reciprocals, so that dividing removes the machine's speed from them too; a quantity
+    that is no time and no rate gets nothing."""
+    between_steps = bool(stored.step_reference_seconds and candidate.step_reference_seconds)
+    sides = (
+        (stored.step_reference_seconds, candidate.step_reference_seconds)
+        if between_steps
+        else (stored.reference_seconds, candidate.reference_seconds)
+    )
     if not all(sides) or not _is_of_time(candidate.metric):
-        return None, None
+        return None, None, False
     if candidate.better == "lower":
-        return sides
-    return [1.0 / one for one in sides[0]], [1.0 / one for one in sides[1]]
+        return *sides, between_steps
+    return [1.0 / one for one in sides[0]], [1.0 / one for one in sides[1]], between_steps
 
 
 def _is_of_time(metric: str) -> bool:
@@ -605,10 +614,15 @@ def _is_of_time(metric: str) -> bool:
     return metric.endswith("_seconds") or metric == "images_per_second"
 
 
-def _with_reference(samples: Samples, reference: tuple[float, ...]) -> Samples:
-    if len(reference) != len(samples.values) or not _is_of_time(samples.metric):
+def _with_references(
+    samples: Samples, available: Mapping[str, tuple[float, ...]], label: str = DEFAULT_LABEL
+) -> Samples:
+    """Return ``samples`` with the reference kernel's times of the same rounds, as far as there are any."""
+    if not _is_of_time(samples.metric):
         return samples
-    return dataclasses.replace(samples, reference_seconds=reference)
+    found = (available.get(sample_key(label, name), ()) for name in REFERENCES)
+    between, before = (times if len(times) == len(samples.values) else () for times in found)
+    return dataclasses.replace(samples, step_reference_seconds=between, reference_seconds=before)
 
 
 def _by_seed(stored: Samples, candidate: Samples) -> tuple[Sequence[float], Sequence[float], bool]:

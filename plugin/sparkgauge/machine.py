@@ -1,4 +1,4 @@
-"""What the machine was doing during a round: load, steal, throttling, swapping, CPU seconds, and how fast it is now.
+"""What the machine was doing during a round: load, steal, throttling, swapping and CPU seconds.
 
 Read from ``/proc`` and ``/sys``; what a system does not expose is None, never 0. Runs on executors and on the driver.
 """
@@ -26,11 +26,6 @@ MOST_GPU_THROTTLED_FRACTION = 0.02
 
 MOST_SWAPPED_BYTES = 32 * 2**20
 """Swapping beyond it takes a good part of a second on a disk."""
-
-KERNEL_SIDE, KERNEL_STACK, KERNEL_PRODUCTS = 48, 64, 480
-"""Matrices of 48 x 48, 64 of them, multiplied 480 times: small enough that no BLAS spreads them over threads."""
-KERNEL_BYTES, KERNEL_PASSES = 16 * 2**20, 200
-"""Memory read and written in each of so many passes: beyond the caches of one core."""
 
 _ROOT = Path("/")
 
@@ -120,23 +115,6 @@ def jvm_above(root: Path = _ROOT) -> int | None:
         if _read(root / "proc" / str(pid) / "comm").strip() == "java":
             return pid
     return None
-
-
-def reference_seconds() -> float:
-    """Return the wall seconds of a fixed piece of work, about 0.15 s on one core: products in the cache, memory passes.
-
-    Its time says how fast this machine is now, with its neighbours.
-    """
-    import numpy as np
-
-    stack = np.full((KERNEL_STACK, KERNEL_SIDE, KERNEL_SIDE), 1.0 / KERNEL_SIDE, dtype=np.float32)
-    product, memory = stack @ stack, np.zeros(KERNEL_BYTES // 4, dtype=np.float32)
-    began = time.perf_counter()
-    for _ in range(KERNEL_PRODUCTS):
-        np.matmul(stack, product, out=product)
-    for _ in range(KERNEL_PASSES):
-        np.add(memory, 1.0, out=memory)
-    return time.perf_counter() - began
 
 
 def _ancestors(root: Path) -> Iterator[int]:

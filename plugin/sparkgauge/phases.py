@@ -21,6 +21,8 @@ class PhaseClock:
         """Start in phase ``launch`` at ``started`` (``time.monotonic()``; now by default)."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._cpu_seconds = dict.fromkeys(PHASES, 0.0)
+        self.paused_seconds = 0.0
+        """Spent in :meth:`paused`, so in no phase."""
         self._phase = "launch"
         self._since = time.monotonic() if started is None else started
         self._cpu_since = process_time()
@@ -61,6 +63,17 @@ class PhaseClock:
             yield
         finally:
             self.switch(before)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the time of the block belong to no phase: what is done there is no part of the training."""
+        self.switch(self._phase)
+        began = self._since
+        try:
+            yield
+        finally:
+            self._since, self._cpu_since = time.monotonic(), process_time()
+            self.paused_seconds += self._since - began
 
     def spent(self, phase: str) -> float:
         """Return the seconds attributed to ``phase`` by the switches so far."""

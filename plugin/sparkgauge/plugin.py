@@ -109,9 +109,12 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the verdicts into the item's properties: JUnit XML takes those that the teardown's report still has."""
     gauge = item.stash.get(TEST, None) if call.when == "call" else None
+    told = None if call.excinfo is None else _told(call.excinfo, item.config)
     if gauge is not None:
         item.user_properties.extend(gauge.properties())
     report = yield
+    if told is not None:
+        report.longrepr = told
     if gauge is not None:
         is_error = report.failed and not (call.excinfo and call.excinfo.errisinstance(AssertionError))
         gauge.session.outcomes[item.nodeid] = "error" if is_error else report.outcome
@@ -237,6 +240,15 @@ class _CrashesInJunit:
             from sparkgauge.report.crash import mark_as_error
 
             mark_as_error(self._config, report)
+
+
+def _told(excinfo: pytest.ExceptionInfo[BaseException], config: pytest.Config) -> Any:
+    """Return how an error of ours is printed, None for pytest's own way."""
+    if not isinstance(excinfo.value, GaugeError) or config.getoption("fulltrace"):
+        return None
+    from sparkgauge.report.failures import told
+
+    return told(excinfo, config.getoption("tbstyle"))
 
 
 def _note_crash(session: GaugeSession, report: pytest.TestReport, error: BaseException) -> None:

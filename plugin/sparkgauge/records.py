@@ -145,6 +145,8 @@ class ExecutorRecord:
     """The same by phase; what a compiled step does while it waits for others counts as compute."""
     jvm_cpu_seconds: float | None = None
     """User + system CPU time of the Spark executor's JVM meanwhile; None where ``/proc`` does not tell."""
+    reference_seconds: tuple[float, ...] = ()
+    """Wall seconds of the reference kernel's pieces between the steps, which belong to no phase; none on GPUs."""
     machine: MachineState | None = None
     """None in records that were made before this was recorded."""
     gpus: tuple[GpuState, ...] = ()
@@ -170,6 +172,7 @@ class Round:
 
     seed: int
     runtime_seconds: float
+    """Without the reference kernel's pieces between the steps."""
     accuracy_fraction: float
     """On the whole test set, each image counted once."""
     images_per_second: float
@@ -188,6 +191,12 @@ class Round:
     """User + system CPU time of the driver, Python and JVM, during the round; None where ``/proc`` does not tell."""
     invalid: str = ""
     """Why this round is no sample, such as a task that Spark retried; empty for a valid one."""
+
+    @property
+    def pieces_seconds(self) -> float:
+        """Return how long the reference kernel's pieces between the steps took in all, the mean over the executors."""
+        each = [math.fsum(one.reference_seconds) for one in self.executors]
+        return math.fsum(each) / len(each) if each else 0.0
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import base64
 import contextlib
 import datetime
 import itertools
+import math
 import queue
 import re
+import statistics
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -19,7 +21,8 @@ from sparkgauge.channel import DriverChannel
 from sparkgauge.environment import load_average
 from sparkgauge.errors import ConfigurationError, DataError, GaugeError, TrainingError, TrainingTimeout
 from sparkgauge.job import Job, Launched
-from sparkgauge.machine import process_cpu_seconds, reference_seconds
+from sparkgauge.kernel import reference_seconds
+from sparkgauge.machine import process_cpu_seconds
 from sparkgauge.records import CurvePoint, ExecutorRecord, GpuState, MachineState, PhaseSeconds, Round, from_json
 from sparkgauge.recovery import Attempts
 
@@ -70,6 +73,8 @@ def run_round(
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Round:
     """Return the record of one training + test, timed from this call to the last executor's leave.
+
+    The pieces of the reference kernel between the steps are left out.
 
     ``job.address`` is filled in here. Raises TrainingError with the failing executor's traceback within seconds of the
     failure, TrainingTimeout after ``timeout_seconds``; either way the Spark job has been cancelled on return.
@@ -160,7 +165,7 @@ class _Conversation:
             "A training round was cancelled",
             expected=f"at most {self._timeout_seconds:g} s",
             actual=actual,
-            hint="Raise --gauge-timeout if it is only slow; the executors' last words are in the log",
+            hint="Raise --gauge-timeout if it is only slow",
         )
 
     def await_results(self, failed: Callable[[], bool], reason: Callable[[], str | None]) -> None:
@@ -175,9 +180,11 @@ class _Conversation:
                 self._collect_late_errors()
                 raise self._spark_error(reason() or "Spark reports the job as failed")
 
-    def round(self, runtime_seconds: float, started_at: str, load: float) -> Round:
-        """Return the record of the finished round."""
+    def round(self, elapsed_seconds: float, started_at: str, load: float) -> Round:
+        """Return the record of the finished round; the reference kernel's pieces are no part of its runtime."""
         results = [self._results[rank] for rank in range(self._job.executors)]
+        pieces = statistics.fmean(math.fsum(result.get("reference_seconds", ())) for result in results)
+        runtime_seconds = elapsed_seconds - pieces
         executors = tuple(self._executor(rank, runtime_seconds) for rank in range(self._job.executors))
         metrics = results[0]["metrics"]
         curve = _curve([result["curve"] for result in results], self._job)
@@ -218,6 +225,7 @@ class _Conversation:
             host=self._hosts[rank],
             phases=phases,
             step_seconds=tuple(result["step_seconds"]),
+            reference_seconds=tuple(result.get("reference_seconds", ())),
             train_images=result["train_images"],
             test_images=result["test_images"],
             cpu_seconds=result["cpu_seconds"],
@@ -261,8 +269,8 @@ class _Conversation:
         if attempts.begins_another(message, bool(self._errors or self._gone)):
             if attempts.left <= 0:
                 raise self._spark_error("")
-            lost = ", ".join(map(str, self._lost()))
-            attempts.begin(f"executor {lost} was lost" if lost else "an executor was lost")
+            lost = self._lost()[:1]
+            attempts.begin(f"executor {lost[0]} was lost" if lost else "an executor was lost")
             self._results, self._errors, self._gone = {}, [], {}
         attempts.enter(message)
         return True
@@ -315,9 +323,11 @@ class _Conversation:
                 actual="its process ended without a word (killed, out of memory, or a crash in native code)"
                 + self._after_retries(),
                 hint="Look at the machine's kernel log for the out-of-memory killer, or raise --gauge-memory",
-                traceback_text=failure,
+                traceback_text=_without_java_frames(failure),
             )
-        return TrainingError("Spark ended the training job", actual=_first_cause(failure), traceback_text=failure)
+        return TrainingError(
+            "Spark ended the training job", actual=_first_cause(failure), traceback_text=_without_java_frames(failure)
+        )
 
     def _after_retries(self) -> str:
         if self._attempts is None or not self._attempts.used_up:
@@ -433,6 +443,11 @@ def _check_portable(job: Job) -> None:
 def _is_echo(error: Message) -> bool:
     """Return whether ``error`` may come from an executor whose peer went away: collectives break in the survivors."""
     return str(error["summary"]).startswith(ECHOES)
+
+
+def _without_java_frames(text: str) -> str:
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("at ", "... "))]
+    return "\n".join(lines)
 
 
 def _first_cause(failure: str) -> str:

@@ -186,8 +186,8 @@ def calibrate_stored(
     """Return how the gate decides between two runs of neighbouring rounds of ``trace``.
 
     ``rounds`` are planned on either side; the candidate may take up to ``most_rounds``. ``references`` are the
-    reference kernel's times beside the rounds, which a session's comparisons use; empty for none. NotMeasuredError for
-    a trace shorter than two sides.
+    reference kernel's times between each round's steps, which a session's comparisons use; empty for none.
+    NotMeasuredError for a trace shorter than two sides.
     """
     import numpy as np
 
@@ -252,7 +252,7 @@ def judged_stored(
 ) -> str:
     """Return the gate's status on all of ``candidate`` (seconds) against a stored ``baseline``, in one look.
 
-    ``references`` are the reference kernel's times beside either; empty for none.
+    ``references`` are the reference kernel's times between the steps of either; empty for none.
     """
     before, after = (_runtimes(*side) for side in zip((baseline, candidate), references, strict=True))
     return _judged(before, after, len(candidate), policy)[0]
@@ -330,7 +330,9 @@ def _judged(before: Samples, after: Samples, rounds: int, policy: Policy) -> tup
     look, most = 1, len(after.values)
     grows = most > rounds
     while True:
-        measurement = Measurement(_runtimes(after.values[:rounds], after.reference_seconds[:rounds]), policy=policy)
+        measurement = Measurement(
+            _runtimes(after.values[:rounds], after.step_reference_seconds[:rounds]), policy=policy
+        )
         confidence = stats.confidence_at_look(policy.confidence, look) if grows else policy.confidence
         status = _against_baseline(measurement, quantity, confidence).status
         if status != "inconclusive" or rounds >= most:
@@ -340,7 +342,7 @@ def _judged(before: Samples, after: Samples, rounds: int, policy: Policy) -> tup
 
 def _runtimes(values: Sequence[float], references: Sequence[float] = ()) -> Samples:
     times = tuple(float(value) for value in values)
-    return Samples(times, "runtime_seconds", "s", "lower", reference_seconds=tuple(references))
+    return Samples(times, "runtime_seconds", "s", "lower", step_reference_seconds=tuple(references))
 
 
 # ------------------------------------------------------------------------------------------------------ storage

@@ -6,7 +6,6 @@ import datetime
 import math
 import os
 import random
-import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from sparkgauge.gate import Policy
 from sparkgauge.records import PHASES, Round
 from sparkgauge.report.progress import Progress, Stream
 from sparkgauge.session import GaugeSession
-from sparkgauge.store import cpu_seconds
+from sparkgauge.store import cpu_seconds, piece_seconds
 from sparkgauge.workload import FRAMEWORKS, PROFILE_SPECS, Workload
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
@@ -217,8 +216,9 @@ def _injection(
 
 
 def _references(rounds: list[Round]) -> list[float]:
-    """Return the reference kernel's time beside each round, the mean over its executors."""
-    return [statistics.fmean(one.reference_seconds) for one in rounds]
+    """Return the reference kernel's time between the steps of each round; empty where one has none."""
+    found = [piece_seconds(one) for one in rounds]
+    return [one for one in found if one is not None] if None not in found else []
 
 
 def _phase_fraction(alike: list[Round]) -> float:

@@ -58,6 +58,10 @@ if TYPE_CHECKING:
 class Timer(Protocol):
     """Who times the rounds and keeps their statistics: pytest-benchmark, behind ``benchmarking.BenchmarkTimer``."""
 
+    @property
+    def is_enabled(self) -> bool:
+        """Return whether rounds will be timed."""
+
     def __call__(
         self,
         label: str,
@@ -292,7 +296,8 @@ class GaugeSession:
     def time_reference(self, workload: Workload) -> tuple[float, ...]:
         """Return the reference kernel's seconds on each executor; empty where another side is measured in turn.
 
-        Pairs need none: what the machine does then, it does to both sides.
+        Pairs need none: what the machine does then, it does to both sides. Built-in trainings on CPUs time their own
+        between the steps.
         """
         from sparkgauge.rounds import time_reference
 
@@ -301,6 +306,8 @@ class GaugeSession:
         cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
         self._measure_ceiling(cluster.spark.sparkContext, workload)
+        if workload.fn is None and workload.device == "cpu":
+            return ()
         return time_reference(cluster.spark.sparkContext, workload.executors)
 
     def _measure_ceiling(self, spark_context: Any, workload: Workload) -> None:
@@ -358,7 +365,7 @@ class GaugeSession:
             executors=config.executors,
             cores_per_executor=config.cores_per_executor,
             executor_memory_mebibytes=config.executor_memory_mib,
-            python=sys.executable,
+            python=_executors_python(config, os.environ),
             master=None if config.embedded else config.master,
             preimport=self._preimports(),
             gpus=self._gpu_shares(device) if self._wants_gpus else (),
@@ -511,6 +518,7 @@ class TestGauge:
             run_round=session.run_referenced_round,
             describe=self._describe,
             observer=lambda verdict, samples: self._observe(training.label, verdict, samples),
+            can_be_timed=self.timer.is_enabled,
         )
         training.on_extra_round = lambda extra: self.timer.add(training.label, extra)
         if self.duel is not None:
@@ -824,6 +832,12 @@ def _launcher(workload: Workload) -> Any:
     """Return the function that launches a round of ``workload``."""
     usual = workload.launcher == FRAMEWORKS[workload.framework].launchers[0]
     return getattr(_adapter(workload), "launch" if usual else f"launch_{workload.launcher}")
+
+
+def _executors_python(config: GaugeConfig, environ: Mapping[str, str]) -> str:
+    """Return the interpreter of the Python workers: on a cluster of the user's PYSPARK_PYTHON, where that is set."""
+    own = config.embedded or str(config.master).startswith("local-cluster")
+    return sys.executable if own else environ.get("PYSPARK_PYTHON") or sys.executable
 
 
 def _portable(fn: Callable[..., Any] | None) -> Callable[..., Any] | None:

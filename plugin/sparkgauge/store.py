@@ -54,10 +54,13 @@ DEFAULT_LABEL = "trained"
 LABELS_FIELD = "labels"
 """Field of a baseline's workload under which the workloads of other labels than ``trained`` are kept."""
 
-POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio", "efficiency_ratio", "reference_seconds")
+REFERENCES = ("step_reference_seconds", "reference_seconds")
+"""The reference kernel's time between the steps of a round and before it; the first tells more."""
+
+POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio", "efficiency_ratio", *REFERENCES)
 """Metrics of which a sample at or below zero was never measured."""
 
-COMPANIONS = ("reference_seconds", "cpu_seconds", "jvm_cpu_seconds", "driver_cpu_seconds")
+COMPANIONS = (*REFERENCES, "cpu_seconds", "jvm_cpu_seconds", "driver_cpu_seconds")
 """Samples that say something of the rounds beside them, and nothing of others."""
 
 PLAIN_TEST = re.compile(r"([a-z0-9_]+(?:/[a-z0-9_]+)*)\.py::([a-z0-9_]+)(?:\[([a-z0-9_-]+)\])?")
@@ -149,12 +152,29 @@ def run_samples(run: RunRecord) -> dict[str, tuple[float, ...]]:
     samples.update(_where_all_have_it("jvm_cpu_seconds", [_jvm_cpu_seconds(one) for one in rounds]))
     samples.update(_where_all_have_it("driver_cpu_seconds", [one.driver_cpu_seconds for one in rounds]))
     samples.update(_where_all_have_it("reference_seconds", [_mean(one.reference_seconds) for one in rounds]))
+    samples.update(_where_all_have_it("step_reference_seconds", [piece_seconds(one) for one in rounds]))
     if rounds and all(len(one.executors) > 1 for one in rounds):
         samples["straggler_ratio"] = tuple(ranks.straggler_ratio(one) for one in rounds)
         samples["exposed_fraction"] = tuple(ranks.exposed(one) for one in rounds)
     for name in ("runtime_seconds", "accuracy_fraction", "images_per_second"):
         samples[name] = tuple(getattr(one, name) for one in rounds)
     return samples
+
+
+def piece_seconds(one: Round) -> float | None:
+    """Return the usual time of the reference kernel's pieces between a round's steps, the mean over its executors.
+
+    A tenth of the pieces is left out at either end: one that the scheduler interrupted takes ten times as long. So on
+    a quiet machine; on a crowded one, where interruptions are what slows training down, it costs little (docs/gate.md).
+    """
+    means = [_mean(_trimmed(executor.reference_seconds)) for executor in one.executors]
+    known = [mean for mean in means if mean is not None]
+    return _mean(known) if len(known) == len(means) else None
+
+
+def _trimmed(values: Sequence[float]) -> Sequence[float]:
+    out = len(values) // 10
+    return sorted(values)[out : len(values) - out]
 
 
 def baseline_of(
@@ -280,9 +300,9 @@ def parse(content: bytes, *, where: str) -> Baseline:
     try:
         baseline = from_json(Baseline, value, "baseline")
     except BaselineError as error:
-        raise _unreadable(where, expected=error.expected, actual=error.actual, field=error.where) from error
+        raise _unreadable(where, expected=error.expected, actual=error.actual, field=error.where) from None
     except OverflowError as error:  # An integer too large for a field of floats.
-        raise _unreadable(where, expected="finite numbers", actual=str(error)) from error
+        raise _unreadable(where, expected="finite numbers", actual=str(error)) from None
     _check_samples(baseline, where)
     return baseline
 
@@ -310,7 +330,7 @@ def _encoded(path: Path, value: Any, *, what: str) -> bytes:
     try:
         return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("ascii")
     except (ValueError, TypeError, RecursionError) as error:
-        raise _unwritable(path, what, error) from error
+        raise _unwritable(path, what, error) from None
 
 
 def _write_bytes(path: Path, content: bytes, *, what: str) -> None:
@@ -318,7 +338,7 @@ def _write_bytes(path: Path, content: bytes, *, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, content)
     except (OSError, ValueError) as error:
-        raise _unwritable(path, what, error) from error
+        raise _unwritable(path, what, error) from None
 
 
 def _unwritable(path: Path, what: str, error: Exception) -> BaselineError:
@@ -346,14 +366,18 @@ def _read_bytes(path: Path) -> bytes | None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise _unreadable(str(path), expected="a regular file", actual="something else")
+            raise _unreadable(str(path), expected="a regular file", actual=_kind_of(status.st_mode))
         if status.st_size > LARGEST_BYTES:
             raise _unreadable(str(path), expected=f"at most {LARGEST_BYTES} bytes", actual=f"{status.st_size} bytes")
         return path.read_bytes()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise _unreadable(str(path), actual=getattr(error, "strerror", None) or str(error)) from error
+        raise _unreadable(str(path), actual=getattr(error, "strerror", None) or str(error)) from None
+
+
+def _kind_of(mode: int) -> str:
+    return "a folder: move it away" if stat.S_ISDIR(mode) else "a device, socket or pipe"
 
 
 def parse_json(
@@ -374,10 +398,10 @@ def parse_json(
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
         )
-    except RecursionError as error:
-        raise refuse(f"a {what}", "JSON nested too deeply") from error
+    except RecursionError:
+        raise refuse(f"a {what}", "JSON nested too deeply") from None
     except ValueError as error:
-        raise refuse("JSON in UTF-8", str(error)[:120]) from error
+        raise refuse("JSON in UTF-8", str(error)[:120]) from None
     if not _nested_at_most(value, DEEPEST_NESTING):
         raise refuse(f"a {what}", "JSON nested too deeply")
     return value

@@ -53,6 +53,8 @@ class Training:
     rounds: list[Round] = field(default_factory=list)
     timed: bool = False
     """Whether pytest-benchmark timed the rounds (it does not under --benchmark-disable and under xdist)."""
+    can_be_timed: bool = True
+    """False where that is known before a round is run."""
     rounds_at_once: int = 1
     """Rounds that one more sample costs: 2 where each has its counterpart on the other side (``--gauge-against``)."""
     on_extra_round: Callable[[Round], None] = field(default=lambda extra: None, repr=False)
@@ -97,8 +99,7 @@ class Training:
 
     def _measurement(self, metric: str, *, better: Better | None = None, unit: str | None = None) -> Measurement:
         __tracebackhide__ = True
-        record = self.record
-        if not self.timed:
+        if not self.can_be_timed or (self.record and not self.timed):
             raise NotMeasuredError(
                 f"{metric} of {self.label!r} was not measured",
                 expected="rounds timed by pytest-benchmark, one test at a time",
@@ -112,7 +113,7 @@ class Training:
         def more() -> Samples | None:
             return samples() if self._take_one_more() else None
 
-        own = samples_of(record, metric, unit=unit, better=better)
+        own = samples_of(self.record, metric, unit=unit, better=better)
         return Measurement(own, more=more, policy=self.policy, observer=self.observer)
 
     def _take_one_more(self) -> bool:

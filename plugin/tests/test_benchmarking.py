@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,19 @@ def test_every_training_of_a_test_has_an_entry_of_its_own(take: Callable[[], Rou
     assert (len(fixture.stats.data), len(branch.stats.data)) == (2, 3)
     assert fixture.extra_info == {}
     assert branch.extra_info["label"] == "gpu" and branch.extra_info["status"] == "match"
+
+
+def test_the_clock_stands_still_for_the_kernel_between_steps(benchmark: Any) -> None:
+    def take() -> Round:
+        time.sleep(0.2)
+        one = make_round()
+        timed = tuple(replace(executor, reference_seconds=(0.05, 0.05)) for executor in one.executors)
+        return replace(one, executors=timed)
+
+    timer = BenchmarkTimer(benchmark)
+    timer("trained", make_workload(), take, 1, 0)
+    timer("trained", make_workload(), take, 1, 0)
+    assert benchmark.stats.stats.data == pytest.approx([0.1, 0.1], abs=0.05)
 
 
 def test_disabled_benchmarks_are_not_timed(take: Callable[[], Round], taken: list[Round]) -> None:

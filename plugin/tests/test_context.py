@@ -21,6 +21,7 @@ from sparkgauge.data import Dataset
 from sparkgauge.data.shards import Shard
 from sparkgauge.errors import ConfigurationError, TrainingError
 from sparkgauge.job import Job
+from sparkgauge.kernel import BetweenSteps
 from sparkgauge.phases import PhaseClock
 
 
@@ -103,6 +104,31 @@ def test_every_second_belongs_to_the_phase_it_was_spent_in(
     assert (spent.launch, spent.feed, spent.warmup) == (7.0, 2.0, 10.0)
     assert (spent.compute, spent.sync, spent.evaluate, spent.collect) == (2.5, 0.5, 7.0, 3.0)
     assert context.step_seconds == [1.5, 1.5, 1.5]  # without the first, and without the test
+
+
+def test_the_kernel_between_steps_is_in_no_phase_and_in_no_step(
+    make: Any, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time(pieces: BetweenSteps) -> None:
+        hands.now += 0.125
+        pieces.seconds.append(0.125)
+
+    monkeypatch.setattr(BetweenSteps, "time", time)
+    context, shard = make()
+    for _ in context.steps(shard):
+        hands.now += 1.0
+        context.record_loss(1.0)
+    spent = context._clock.seconds()
+    assert (spent.launch, spent.warmup, spent.compute, spent.total) == (5.0, 1.0, 3.0, 9.0)
+    assert context.step_seconds == [1.0, 1.0, 1.0]
+    assert context.reference_seconds == [0.125] * 4
+    assert [point["elapsed_seconds"] for point in context.curve] == [9.0]
+
+
+def test_a_gpu_waits_for_no_kernel(make: Any) -> None:
+    context, shard = make(device="gpu")
+    list(context.steps(shard))
+    assert context.reference_seconds == []
 
 
 def test_waiting_in_the_very_step_can_be_moved(make: Any, hands: Hands) -> None:

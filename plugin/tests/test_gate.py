@@ -601,6 +601,18 @@ def test_a_machine_in_another_state_widens_the_interval() -> None:
     assert (Measurement(seconds(*slower.values)) <= stored(seconds(*STEADY))).status == "regressed"
 
 
+def test_the_kernel_between_the_steps_tells_more_than_the_one_before_the_round() -> None:
+    before = dataclasses.replace(
+        beside(STEADY, (0.1,) * 5), step_reference_seconds=(0.005, 0.00505, 0.005, 0.00495, 0.005)
+    )
+    times, pieces = tuple(1.3 * value for value in STEADY), (0.0065, 0.00655, 0.0065, 0.00645, 0.0065)
+    slower = dataclasses.replace(beside(times, (0.1,) * 5), step_reference_seconds=pieces)
+    verdict = Measurement(slower) <= stored(before)
+    assert "the reference kernel took 1.30 times as long as at the baseline" in verdict.note
+    alone = dataclasses.replace(slower, step_reference_seconds=())  # a side of another time has none
+    assert "took 1.00 times as long" in (Measurement(alone) <= stored(before)).note
+
+
 def test_rates_are_normalised_the_other_way_round() -> None:
     speeds = (1.0, 1.4, 0.8, 1.2, 1.1, 0.9)
     reference = tuple(0.1 * s for s in speeds)

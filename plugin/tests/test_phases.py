@@ -46,6 +46,21 @@ def test_a_block_is_timed_and_the_phase_before_goes_on():
     assert clock.seconds().evaluate >= 0.02
 
 
+def test_a_pause_belongs_to_no_phase():
+    began = time.monotonic()
+    clock = PhaseClock(began)
+    clock.switch("compute")
+    with clock.paused():
+        time.sleep(0.05)
+        sum(range(100_000))
+    clock.switch("collect")
+    passed = time.monotonic() - began
+
+    assert clock.phase == "collect" and clock.paused_seconds >= 0.05
+    assert clock.seconds().total == pytest.approx(passed - clock.paused_seconds, abs=0.02)
+    assert clock.cpu_seconds().compute < 0.05
+
+
 def test_a_block_that_raises_gives_the_phase_back():
     clock = PhaseClock()
     with pytest.raises(ValueError, match="inside"), clock.during("sync"):

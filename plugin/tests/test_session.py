@@ -63,6 +63,8 @@ class Session(GaugeSession):
 class Timer:
     """A timer that only takes the rounds."""
 
+    is_enabled = True
+
     def __init__(self) -> None:
         self.extra: list[str] = []
         self.described: list[tuple[str, str]] = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +112,7 @@ def read_lmdb(folder: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
         raise DataError("No LMDB here", expected="a folder with data.mdb", where=str(path))
     images: list[Any] = []
     labels: list[int] = []
+    _check_readable(path)
     try:
         with lmdb.open(str(path), readonly=True, lock=False) as database, database.begin() as transaction:
             _check_whole(database, path)
@@ -125,6 +129,25 @@ def read_lmdb(folder: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     if not images:
         raise DataError("Empty LMDB", expected="at least one record", where=str(path))
     return np.stack(images), np.asarray(labels, np.int64)
+
+
+_WALK = """
+import sys, lmdb
+with lmdb.open(sys.argv[1], readonly=True, lock=False) as database, database.begin() as transaction:
+    for key, value in transaction.cursor(): pass
+"""
+
+
+def _check_readable(folder: Path) -> None:
+    """Raise DataError where reading ends the reading process: liblmdb aborts on a damaged page. Python's errors come up
+    again, with their reasons, in this process."""
+    done = subprocess.run([sys.executable, "-c", _WALK, str(folder)], stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode < 0:
+        actual = f"liblmdb ended the process that read it ({signal.Signals(-done.returncode).name})"
+        hint = "Make it again from its images."
+        raise DataError(
+            "Truncated or damaged LMDB", expected="whole pages", actual=actual, where=str(folder), hint=hint
+        )
 
 
 def _check_whole(database: Any, folder: Path) -> None:

@@ -7,6 +7,7 @@ raise it for rounds of 0.2 s. So it is used only where the variance is measurabl
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,13 +103,16 @@ def compare_stored(
     better: Better = "lower",
     beyond: float = 1.0,
     between_sd: float = 0.0,
+    between_steps: bool = False,
 ) -> StoredComparison:
     """Return the comparison of samples, each side in time order, that were not interleaved.
 
     Below 8 rounds a side this is Welch's t on logarithms; from 8 on the tails are trimmed and autocorrelation widens
-    each side's standard error. With reference times, and where dividing by them measurably
-    lowers the noise, the divided times are compared. Either way the interval is widened where the machine was in
-    another state: raw and divided times then disagree, and how much of that the right answer is cannot be known.
+    each side's standard error. With reference times, and where dividing by them measurably lowers the noise, the
+    divided times are compared. Either way the interval is widened where the machine was in another state: raw and
+    divided times then disagree, and how much of that the right answer is cannot be known; less where the reference ran
+    ``between_steps`` of the samples, and felt what they felt, than where it ran before them.
+
     ``between_sd`` is the standard deviation of the log level between sessions with nothing changed, where a history or
     a self-check knows it; without it and without reference times the false-positive rate is far above ``alpha`` on a
     busy machine (docs/gate.md).
@@ -127,10 +131,12 @@ def compare_stored(
         [*_relative(before), *_relative(after)], [*_relative(ref_before), *_relative(ref_after)]
     )
     shift = float(robust.trimmed_difference(ref_before, ref_after).mean)
-    chosen = divided if choice.kind == "reference" else raw
-    other = raw if choice.kind == "reference" else divided
-    widened = _with_error(_spanning(chosen, shift, other), between_sd)
-    result = compared(widened, centres, count, limits, alpha, better, beyond)
+    if between_steps:
+        choice, widened = _least_error(choice, raw, divided, shift)
+    else:
+        chosen, other = (divided, raw) if choice.kind == "reference" else (raw, divided)
+        widened = _spanning(chosen, shift, other)
+    result = compared(_with_error(widened, between_sd), centres, count, limits, alpha, better, beyond)
     said = f"{choice.said}; the reference kernel took {math.exp(shift):.2f} times as long as at the baseline"
     return StoredComparison(result, choice, math.exp(shift), said)
 
@@ -140,10 +146,28 @@ UNCERTAIN_SHARE = 0.5
 A kernel feels a busy neighbour more or less than training does. Chosen on one trace, scored on others: docs/gate.md."""
 
 
+UNCERTAIN_SHARE_WITHIN = 0.25
+"""The same for a kernel that ran between the steps of the samples: training felt 0.8 to 1.1 times what it felt."""
+
+
 def _spanning(chosen: Trimmed, shift: float, other: Trimmed) -> Trimmed:
     """Return ``chosen`` with the machine's shift, as far as its correction is uncertain, as a further error."""
     disagreement = max(abs(shift), abs(float(chosen.mean) - float(other.mean)))
     return _with_error(chosen, UNCERTAIN_SHARE * disagreement)
+
+
+def _least_error(choice: Normalisation, raw: Trimmed, divided: Trimmed, shift: float) -> tuple[Normalisation, Trimmed]:
+    """Return the estimate with the smaller error, its noise and what it leaves of the machine's shift: all of it where
+    nothing is divided, the uncertain share where it is."""
+    sides = _with_error(raw, shift), _with_error(divided, UNCERTAIN_SHARE_WITHIN * shift)
+    errors = [float(side.standard_error) for side in sides]
+    divides = errors[1] < errors[0]
+    noise = (
+        f"the noise of wall time is {choice.sd_wall:.1%}, divided by the reference kernel {choice.sd_normalised:.1%}"
+    )
+    said = f"{'normalised' if divides else 'not normalised'}: {noise}"
+    kind: Literal["none", "reference"] = "reference" if divides else "none"
+    return dataclasses.replace(choice, kind=kind, said=said), sides[divides]
 
 
 def _with_error(estimate: Trimmed, sd: float) -> Trimmed:

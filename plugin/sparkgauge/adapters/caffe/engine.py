@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
+
+from sparkgauge.errors import DataError, TrainingError
 
 Images = NDArray[Any]
 """Raw pixels, uint8 or float32, logical shape (b, c, h, w); an NHWC array transposed is the cheapest."""
@@ -17,6 +20,23 @@ Arrays = dict[str, list[NDArray[Any]]]
 """Layer name -> float32 arrays in Caffe's shapes and order."""
 Reduce = Callable[[Any], None]
 """Sums one flat float32 buffer over all executors, in place, and returns when it is done."""
+
+
+def check_labels(labels: Any, classes: int) -> None:
+    """Raise DataError for labels (array or tensor) that a net of so many classes has no output for; 0: any will do."""
+    if len(labels) and classes and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
+        actual = f"{int(labels.min())} to {int(labels.max())}"
+        hint = "Give the layer below the loss as many outputs as there are classes, or correct the labels."
+        raise DataError("labels do not fit the net", expected=f"0 to {classes - 1}", actual=actual, hint=hint)
+
+
+def finite(loss: float, iteration: int) -> float:
+    """Return ``loss``; TrainingError where it is not finite."""
+    if not math.isfinite(loss):
+        hint = "Lower base_lr, or check the images' scale and the mean."
+        where = f"iteration {iteration}"
+        raise TrainingError("the loss is not finite", expected="a number", actual=str(loss), where=where, hint=hint)
+    return loss
 
 
 @dataclass(frozen=True)

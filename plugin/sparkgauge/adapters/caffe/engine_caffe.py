@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount
+from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount, check_labels, finite
 from sparkgauge.caffe import text, weights
 from sparkgauge.caffe.net import DATA_TYPES
 from sparkgauge.errors import ConfigurationError, DataError, MachineError, TrainingError
@@ -107,6 +107,7 @@ class CaffeEngine:
             rank=rank,
         )
         self._shapes: list[tuple[str, list[list[int]]]] = answer["shapes"]
+        self._classes: dict[str, int] = answer["classes"]
         self._flat = self._process.flat()
 
     def parameters(self) -> Arrays:
@@ -143,7 +144,7 @@ class CaffeEngine:
         if reduce is not None:
             reduce(self._flat)
         self.iteration = self._process.ask("go")["done"]
-        return loss
+        return finite(loss, self.iteration)
 
     def test(self, images: Images, labels: Labels) -> TestCount:
         """Return the exact count of right answers of the TEST net on any number of images."""
@@ -155,6 +156,7 @@ class CaffeEngine:
             answer = self._process.ask("count", count=count)
             if answer["accuracy"] is None:
                 raise ConfigurationError("The TEST net has no Accuracy layer", hint="Add one: its answers are counted.")
+            finite(float(answer["loss"]), self.iteration)
             correct += round(answer["accuracy"] * count)  # a float32 share of at most TEST_BATCH images: exact
             loss_sum += answer["loss"] * count
         return TestCount(correct, len(images), loss_sum)
@@ -189,11 +191,25 @@ class CaffeEngine:
         os.replace(temporary, path)
 
     def load_state(self, path: Path) -> None:
-        """Take iteration and history from a ``.solverstate``; the caller loads the weights it names."""
+        """Take iteration and history from a ``.solverstate``; DataError if it is of another net: Caffe reads past its
+        end. The caller loads the weights it names."""
         model, state = self._folder / "own.caffemodel", self._folder / "own.solverstate"
+        self._check_history(weights.read_state(path).history, str(path))
         self._process.ask("save", file=str(model))  # Caffe loads the weights that a state names: these
         weights.write_state(state, replace(weights.read_state(path), learned_net=str(model)))
         self.iteration = self._process.ask("restore", file=str(state))["iteration"]
+
+    def _check_history(self, history: Sequence[NDArray[Any]], where: str) -> None:
+        own = [math.prod(shape) for _, shapes in self._shapes for shape in shapes]
+        found = [array.size for array in history]
+        rows, rest = divmod(len(found), max(1, len(own)))
+        if rest or not rows or found != own * rows:
+            raise DataError(
+                "A .solverstate of another net",
+                expected=f"blobs of {', '.join(map(str, own))} values, once or several times",
+                actual=", ".join(map(str, found)) or "none",
+                where=where,
+            )
 
     def save_state(self, path: Path, learned_net: str) -> None:
         """Write a ``.solverstate`` that names ``learned_net`` as its weights."""
@@ -214,6 +230,7 @@ class CaffeEngine:
 
     def _rows(self, images: Images, labels: Labels, phase: str) -> NDArray[np.float32]:
         """Return one row per image, transformed as the net's data layer would, its label last: (b, c * h * w + 1)."""
+        check_labels(labels, self._classes[phase])  # Caffe would read beyond its memory
         scale, values, subtracts = self._transforms[phase]
         pixels = np.ascontiguousarray(images, np.float32).reshape(len(images), *self._shape)
         if subtracts and self._mean is not None:

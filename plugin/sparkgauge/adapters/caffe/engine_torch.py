@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparkgauge.adapters import layout
-from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount
+from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount, check_labels, finite
 from sparkgauge.adapters.caffe.layers import Pass, Shape
 from sparkgauge.adapters.caffe.layers.loss import Accuracy
 from sparkgauge.adapters.caffe.net import Net, Parameters, Recorder, fill_views
@@ -23,7 +22,7 @@ from sparkgauge.adapters.replay import Replayed
 from sparkgauge.caffe import weights
 from sparkgauge.caffe.net import data_layer
 from sparkgauge.caffe.solver import current_step, learning_rate
-from sparkgauge.errors import ConfigurationError, DataError, TrainingError
+from sparkgauge.errors import ConfigurationError, DataError
 
 TEST_BATCH = {"cpu": 250, "cuda": 2000}
 """Images per pass when testing: large enough to fill the device, small enough for 1 GiB of executor memory."""
@@ -103,7 +102,7 @@ class TorchEngine:
     def step_at(self, indices: NDArray[Any], *, global_batch: int, reduce: Reduce | None = None) -> float:
         """Update once on the attached images at ``indices`` (b,); on a GPU as one captured graph."""
         loss = self.start_step_at(indices, global_batch=global_batch, reduce=reduce)
-        return self._finite(float(loss))
+        return finite(float(loss), self.iteration)
 
     def start_step_at(self, indices: NDArray[Any], *, global_batch: int, reduce: Reduce | None = None) -> Tensor:
         """As ``step_at``, but return the loss as a tensor that the GPU may still be computing."""
@@ -134,7 +133,7 @@ class TorchEngine:
             x, y = self._tensor(images[part]), self._labels(labels[part])
             loss = self._forward(net, x, y, Pass(False, len(y)))
             correct, loss_sum = correct + counters[0].correct, loss_sum + loss.double() * len(y)
-        return TestCount(int(correct), len(labels), self._finite(float(loss_sum)))
+        return TestCount(int(correct), len(labels), finite(float(loss_sum), self.iteration))
 
     def blobs(self, images: Images, labels: Labels, *, phase: str = "TRAIN") -> Blobs:
         """Return every output and, for TRAIN, every gradient; nothing that the engine keeps changes."""
@@ -232,14 +231,7 @@ class TorchEngine:
 
     def _finish(self, loss: Tensor) -> float:
         self.iteration += 1
-        return self._finite(float(loss))
-
-    def _finite(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            hint = "Lower base_lr, or check the images' scale and the mean."
-            where = f"iteration {self.iteration}"
-            raise TrainingError("the loss is not finite", expected="a number", actual=str(loss), where=where, hint=hint)
-        return loss
+        return finite(float(loss), self.iteration)
 
     def _replay(self, indices: Tensor, global_batch: int, reduce: Reduce | None) -> Tensor:
         key = global_batch, reduce is None
@@ -292,10 +284,7 @@ class TorchEngine:
         if tuple(images.shape) != (len(labels), *self._input_shape):
             expected = f"{len(labels)} x {self._input_shape}"
             raise DataError("images do not fit the net", expected=expected, actual=str(images.shape))
-        classes = self._net.classes()
-        if len(labels) and classes and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-            actual = f"{int(labels.min())} to {int(labels.max())}"
-            raise DataError("labels do not fit the net", expected=f"0 to {classes - 1}", actual=actual)
+        check_labels(labels, self._net.classes())
 
 
 class _Transform:

@@ -52,7 +52,19 @@ class Worker:
         self._flat = np.frombuffer(mmap.mmap(self._flat_fd, 0), np.float32)
         self._blobs = blobs
         shapes = {name: [list(blob.data.shape) for blob in found] for name, found in self._solver.net.params.items()}
-        return {"shapes": list(shapes.items())}
+        return {"shapes": list(shapes.items()), "classes": {phase: self._classes(phase) for phase in self._nets}}
+
+    def _classes(self, phase: str) -> int:
+        """Return how many classes labels can name: the fewest outputs of a blob that goes into a layer beside them."""
+        net, labels = self._nets[phase], set(self._tops[phase][1:])
+        found = []
+        for index, layer in enumerate(net.layers):
+            bottoms = [net._blob_names[blob] for blob in net._bottom_ids(index)]
+            if layer.type == "Split" and bottoms[0] in labels:
+                labels.update(net._blob_names[blob] for blob in net._top_ids(index))
+            elif labels.intersection(bottoms):
+                found += [net.blobs[name].channels for name in bottoms if name not in labels]
+        return min(found, default=0)
 
     def step(self, parts: list[int], global_batch: int) -> dict[str, Any]:
         """Return the loss after one update with micro-batches of ``parts`` images; none is a zero gradient."""
