@@ -20,9 +20,10 @@ import sparkgauge
 from sparkgauge.adapters.caffe import engine_caffe
 from sparkgauge.adapters.caffe.engine_caffe import CaffeEngine
 from sparkgauge.adapters.caffe.engine_torch import TorchEngine
+from sparkgauge.caffe import weights
 from sparkgauge.caffe.net import parse_net
 from sparkgauge.caffe.solver import read_solver
-from sparkgauge.errors import MachineError, TrainingError
+from sparkgauge.errors import DataError, MachineError, TrainingError
 
 BATCH, SHAPE = 20, (3, 32, 32)
 QUICK = Path(sparkgauge.__file__).parent / "models" / "caffe" / "cifar10_quick_solver.prototxt"
@@ -140,6 +141,33 @@ def test_a_state_resumes_to_the_same_weights(pair: tuple[Any, Any], tmp_path: Pa
         assert_equal(resumed.parameters(), real.parameters())
     finally:
         resumed.close()
+
+
+def test_labels_beyond_the_outputs_are_refused_before_caffe_reads_beyond_its_memory(pair: tuple[Any, Any]) -> None:
+    pixels, labels = images(BATCH)
+    labels[:2] = 0, 9
+    for engine in pair:
+        for wrong in (labels + 1, labels - 1):
+            with pytest.raises(DataError, match="labels do not fit the net: expected 0 to 9, got"):
+                engine.step(pixels, wrong, global_batch=BATCH)
+            with pytest.raises(DataError, match="labels do not fit the net"):
+                engine.test(pixels, wrong)
+        engine.step(pixels, labels, global_batch=BATCH)
+
+
+def test_a_state_of_another_net_is_refused_by_both(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other.solverstate"
+    weights.write_state(other, weights.State(3, 0, "", [np.zeros((4, 4), np.float32)] * 10))
+    for engine in pair:
+        with pytest.raises(DataError):
+            engine.load_state(other)
+
+
+def test_a_net_that_diverged_in_its_last_update_fails_its_test(pair: tuple[Any, Any]) -> None:
+    for engine in pair:
+        engine.set_parameters({"ip2": [np.full((10, 64), np.nan, np.float32), np.zeros(10, np.float32)]})
+        with pytest.raises(TrainingError, match=r"the loss is not finite: .*Lower base_lr"):
+            engine.test(*images(BATCH))
 
 
 def test_a_failed_check_is_one_error_with_caffes_message() -> None:

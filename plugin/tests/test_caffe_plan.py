@@ -14,7 +14,7 @@ pytest.importorskip("google.protobuf", reason="reading prototxt needs protobuf")
 import numpy as np
 
 from plugin.tests.caffe_nets import NET, SOLVER, of_database, write_databases, write_project
-from sparkgauge.caffe import lmdb_data, plan, weights
+from sparkgauge.caffe import lmdb_data, plan, sources, weights
 from sparkgauge.caffe.plan import Plan, read_plan
 from sparkgauge.caffe.sources import Later
 from sparkgauge.config import GaugeConfig
@@ -225,6 +225,20 @@ def test_a_truncated_database_is_refused_and_nothing_is_left(tmp_path: Path) -> 
     with pytest.raises(GaugeError, match="Truncated or damaged LMDB.*train_lmdb"):
         lmdb_data.prepare(found, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_no_damaged_page_ends_this_process(tmp_path: Path) -> None:
+    """On some liblmdb aborts: in a process that only reads."""
+    sources.write_lmdb(tmp_path / "whole", np.zeros((61, 1, 12, 12), np.uint8), np.zeros(61, np.int64))
+    file = tmp_path / "whole" / "data.mdb"
+    content, page = file.read_bytes(), 4096
+    reasons = []
+    for start in range(0, len(content), page):
+        file.write_bytes(content[:start] + bytes(page) + content[start + page :])
+        with pytest.raises(DataError, match="Truncated or damaged LMDB") as caught:
+            sources.read_lmdb(tmp_path / "whole")
+        reasons.append(str(caught.value))
+    assert any("liblmdb ended the process that read it (SIGABRT)" in reason for reason in reasons)
 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "caffe.md"

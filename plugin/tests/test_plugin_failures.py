@@ -343,6 +343,32 @@ def test_no_required_baseline_is_a_skip_and_nothing_outlives_a_killed_session(ca
     assert standalone.wait_until(lambda: not list((finished.folder / "tmp").glob("sparkgauge-*")), 15.0)
 
 
+WRONG = """
+import pytest
+
+
+@pytest.mark.gauge(framework="tensorflwo", model="cifar10_quick")
+def test_marker(trained, baseline):
+    assert trained.runtime <= baseline.runtime
+
+
+def test_call(train):
+    train("tensorflow", "cifar10_quick", executors=0)
+"""
+
+
+def test_an_error_stands_below_the_tests_own_lines_only(cache: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", cache).write(test_wrong=WRONG)
+    finished = project.run(*COMMON, name="run")
+    assert finished.status == 1, finished.output
+    assert "Unknown framework, did you mean 'tensorflow'?" in finished.output
+    assert ">   " in finished.output and "executors=0" in finished.output
+    for name in ("workload.py", "plugin.py", "session.py", "fixture.py"):
+        assert name not in finished.output
+    whole = project.run(*COMMON, "--full-trace", name="whole")
+    assert "workload.py" in whole.output
+
+
 @pytest.mark.parametrize("arguments", [["--benchmark-disable"], ["-n", "2"]], ids=["disabled", "xdist"])
 def test_what_was_not_timed_cannot_pass(arguments: list[str], cache: Path) -> None:
     name = f"untimed{arguments[0]}"

@@ -439,6 +439,14 @@ def test_modules_that_import_each_other_end(own_modules: Callable[[str, str], Mo
 # ---- small things
 
 
+def test_executors_of_the_users_cluster_take_the_users_python() -> None:
+    environ = {"PYSPARK_PYTHON": "/opt/env/bin/python"}
+    assert sessions._executors_python(make_config(master="yarn"), environ) == "/opt/env/bin/python"
+    assert sessions._executors_python(make_config(master="yarn"), {}) == sys.executable
+    for own in (None, "local-cluster[2,1,1024]"):  # this host's, whose environment is known
+        assert sessions._executors_python(make_config(master=own), environ) == sys.executable
+
+
 def test_paths_are_shown_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert sessions._shown(tmp_path / "baselines" / "a.json") == "baselines/a.json"
