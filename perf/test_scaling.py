@@ -1,7 +1,8 @@
 """Does training still get faster with executors, and how much of them does it use?
 
 Strong scaling keeps the global batch, so that any number of executors does the same work; weak scaling keeps the batch
-of each executor. Both are gated as efficiencies: the quotient of throughputs over the quotient of executors.
+of each executor. Both are gated as efficiencies: the quotient of throughputs over the quotient of executors. Profile ci
+has no time for it; its question is asked there by test_speedup.py, for one framework.
 """
 
 from __future__ import annotations
@@ -12,16 +13,6 @@ from sparkgauge import efficiency
 from sparkgauge.workload import FRAMEWORKS
 
 AVAILABLE = [name for name, spec in FRAMEWORKS.items() if spec.module is not None]
-IN_CI = "torch"
-"""Profile ci has time for one framework; its rounds are the quickest to start."""
-
-
-@pytest.fixture
-def in_time(request, profile, framework):
-    """Skip what profile ci has no time for: all but the strong scaling of one framework."""
-    strong_scaling = request.node.originalname == "test_strong"
-    if profile == "ci" and not (framework == IN_CI and strong_scaling):
-        pytest.skip("no time for it in profile ci: --gauge-profile full")
 
 
 @pytest.fixture
@@ -31,7 +22,7 @@ def counts(several_executors):
 
 
 @pytest.mark.cpu
-@pytest.mark.usefixtures("ratios", "in_time")
+@pytest.mark.usefixtures("minutes")
 @pytest.mark.parametrize("framework", AVAILABLE)
 def test_strong(train, baseline, counts, framework):
     length = {"iterations": 40, "rounds": 3, "speedup_margin": 15}
@@ -42,7 +33,7 @@ def test_strong(train, baseline, counts, framework):
 
 
 @pytest.mark.cpu
-@pytest.mark.usefixtures("ratios", "in_time")
+@pytest.mark.usefixtures("minutes")
 @pytest.mark.parametrize("framework", AVAILABLE)
 def test_weak(train, baseline, counts, framework):
     length = {"iterations": 40, "rounds": 3, "speedup_margin": 15}

@@ -307,6 +307,16 @@ def test_accuracy_counts_ties_as_wrong(top_k: int, correct: int) -> None:
         ("type: 'Pooling' pooling_param { kernel_size: 5 }", (1, 4, 4), "does not fit"),
         ("type: 'Pooling' pooling_param { kernel_size: 1 stride: 3 }", (1, 5, 5), "outside the input"),
         ("type: 'Convolution' convolution_param { num_output: 2 kernel_size: 5 }", (1, 4, 4), "does not fit"),
+        (
+            "type: 'Convolution' convolution_param { num_output: 2 kernel_size: 3 stride: 0 }",
+            (1, 4, 4),
+            "numbers from 1",
+        ),
+        (
+            "type: 'Convolution' convolution_param { num_output: 2 kernel_size: 3 group: 0 }",
+            (1, 4, 4),
+            "numbers from 1",
+        ),
         ("type: 'Convolution' convolution_param { num_output: 3 kernel_size: 1 group: 2 }", (2, 4, 4), "groups"),
         ("type: 'LRN' lrn_param { local_size: 4 }", (2, 4, 4), "odd local_size"),
         ("type: 'InnerProduct' inner_product_param { num_output: 2 axis: 2 }", (2, 4, 4), "unsupported axis"),

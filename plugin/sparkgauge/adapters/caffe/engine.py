@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from sparkgauge.errors import DataError, TrainingError
+from sparkgauge.errors import ConfigurationError, DataError, TrainingError
 
 Images = NDArray[Any]
 """Raw pixels, uint8 or float32, logical shape (b, c, h, w); an NHWC array transposed is the cheapest."""
@@ -20,6 +20,12 @@ Arrays = dict[str, list[NDArray[Any]]]
 """Layer name -> float32 arrays in Caffe's shapes and order."""
 Reduce = Callable[[Any], None]
 """Sums one flat float32 buffer over all executors, in place, and returns when it is done."""
+
+
+def check_mean_values(values: Sequence[float], channels: int) -> None:
+    """Raise ConfigurationError where a data layer's mean_value is given neither once nor for every channel."""
+    if values and len(values) not in (1, channels):
+        raise ConfigurationError("mean_value does not fit", expected=f"1 or {channels}", actual=str(len(values)))
 
 
 def check_labels(labels: Any, classes: int) -> None:

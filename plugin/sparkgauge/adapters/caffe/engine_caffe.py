@@ -26,7 +26,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount, check_labels, finite
+from sparkgauge.adapters.caffe.engine import (
+    Arrays,
+    Blobs,
+    Images,
+    Labels,
+    Reduce,
+    TestCount,
+    check_labels,
+    check_mean_values,
+    finite,
+)
 from sparkgauge.caffe import text, weights
 from sparkgauge.caffe.net import DATA_TYPES
 from sparkgauge.errors import ConfigurationError, DataError, MachineError, TrainingError
@@ -78,6 +88,7 @@ class CaffeEngine:
         self._transforms = {"TRAIN": _transform(train_net), "TEST": _transform(test_net)}
         for transform in self._transforms.values():
             _check_mean(transform, mean, input_shape)
+            check_mean_values(transform[1], input_shape[0])
         self._folder = Path(tempfile.mkdtemp(prefix="sparkgauge-caffe-"))
         try:
             self._process = _Process(self._folder, threads)

@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparkgauge.adapters import layout
-from sparkgauge.adapters.caffe.engine import Arrays, Blobs, Images, Labels, Reduce, TestCount, check_labels, finite
+from sparkgauge.adapters.caffe.engine import (
+    Arrays,
+    Blobs,
+    Images,
+    Labels,
+    Reduce,
+    TestCount,
+    check_labels,
+    check_mean_values,
+    finite,
+)
 from sparkgauge.adapters.caffe.layers import Pass, Shape
 from sparkgauge.adapters.caffe.layers.loss import Accuracy
 from sparkgauge.adapters.caffe.net import Net, Parameters, Recorder, fill_views
@@ -295,8 +305,7 @@ class _Transform:
         p = layer.transform_param if layer is not None else None
         self._scale = float(p.scale) if p is not None else 1.0
         values = list(p.mean_value) if p is not None else []
-        if values and len(values) not in (1, shape[0]):
-            raise ConfigurationError("mean_value does not fit", expected=f"1 or {shape[0]}", actual=str(len(values)))
+        check_mean_values(values, shape[0])
         if mean is not None and tuple(mean.shape) != tuple(shape):
             raise DataError("the mean does not fit the images", expected=str(shape), actual=str(mean.shape))
         self._mean: Tensor | None = None

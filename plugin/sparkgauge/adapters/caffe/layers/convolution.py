@@ -32,6 +32,9 @@ class Convolution(Layer):
         self.padding = self._pair(p, "pad", p.pad, 0)
         self.dilation = self._spread(list(p.dilation), "dilation", 1)
         self.groups = p.group
+        if min(*self.stride, *self.dilation, self.groups) < 1:
+            actual = f"stride {self.stride}, dilation {self.dilation}, group {self.groups}"
+            raise self.error("the geometry does not fit", expected="numbers from 1", actual=actual)
         simple = self.groups == 1 and self.stride == self.dilation == (1, 1)
         self._is_plain = simple and self.padding[0] == self.padding[1]
         if not p.num_output or p.num_output % self.groups or channels % self.groups:
