@@ -322,7 +322,7 @@ class _Conversation:
                 executor=lost[0],
                 actual="its process ended without a word (killed, out of memory, or a crash in native code)"
                 + self._after_retries(),
-                hint="Look at the machine's kernel log for the out-of-memory killer, or raise --gauge-memory",
+                hint="Look at the machine's kernel log for the out-of-memory killer; smaller batches need less memory",
                 traceback_text=_without_java_frames(failure),
             )
         return TrainingError(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from sparkgauge import machine
+from sparkgauge.cluster import standalone
 from sparkgauge.errors import (
     BaselineError,
     ClusterError,
@@ -17,12 +22,17 @@ from sparkgauge.errors import (
 from sparkgauge.report.crash import EXIT_CRASHED, exit_status, is_crash
 
 
-def own_bug() -> Exception:
+def raised_by(call: Callable[[], object]) -> Exception:
     try:
-        machine.state_between(None, None)  # type: ignore[arg-type]
-    except AttributeError as error:
+        call()
+    except Exception as error:
         return error
     raise AssertionError
+
+
+OWN_BUG = raised_by(lambda: machine.state_between(None, None))  # type: ignore[arg-type]
+IN_A_LIBRARY_THAT_WE_CALL = raised_by(lambda: standalone.prepare_folder(Path("/proc/nowhere")))
+IN_A_LIBRARY_THAT_THE_TEST_CALLS = raised_by(lambda: json.loads("{"))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +49,9 @@ def own_bug() -> Exception:
         (MachineError("no GPU"), False),
         (AssertionError("regressed"), False),
         (ValueError("the test's own"), False),
-        (own_bug(), True),
+        (OWN_BUG, True),
+        (IN_A_LIBRARY_THAT_WE_CALL, True),
+        (IN_A_LIBRARY_THAT_THE_TEST_CALLS, False),
         (None, False),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ EXIT_CRASHED = 10
 TESTS_FAILED = 1
 
 _PACKAGE = Path(__file__).parents[1]
+_LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def is_crash(error: BaseException | None) -> bool:
@@ -52,8 +54,14 @@ def exit_status(status: int, crashed: int, failed: int) -> int:
 
 
 def _is_own(error: BaseException) -> bool:
-    """Return whether the innermost frame of ``error`` is in this package."""
-    trace, innermost = error.__traceback__, None
+    """Return whether the innermost frame that is neither Python's nor a library's is in this package: what a library
+    raises when this package calls it is this package's error, when a test calls it the test's."""
+    trace, own = error.__traceback__, False
     while trace is not None:
-        innermost, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
-    return innermost is not None and Path(innermost).is_relative_to(_PACKAGE)
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if path.is_relative_to(_PACKAGE):
+            own = True
+        elif not any(map(path.is_relative_to, _LIBRARIES)) and not str(path).startswith("<"):
+            own = False
+        trace = trace.tb_next
+    return own
