@@ -836,8 +836,10 @@ def _launcher(workload: Workload) -> Any:
 
 def _executors_python(config: GaugeConfig, environ: Mapping[str, str]) -> str:
     """Return the interpreter of the Python workers: on a cluster of the user's PYSPARK_PYTHON, where that is set."""
-    own = config.embedded or str(config.master).startswith("local-cluster")
-    return sys.executable if own else environ.get("PYSPARK_PYTHON") or sys.executable
+    from sparkgauge.cluster.conf import master_kind
+
+    own = environ.get("PYSPARK_PYTHON") if master_kind(config.master) == "external" else None
+    return own or sys.executable
 
 
 def _portable(fn: Callable[..., Any] | None) -> Callable[..., Any] | None:

@@ -99,7 +99,8 @@ class Training:
 
     def _measurement(self, metric: str, *, better: Better | None = None, unit: str | None = None) -> Measurement:
         __tracebackhide__ = True
-        if not self.can_be_timed or (self.record and not self.timed):
+        record = self.record if self.can_be_timed else None
+        if record is None or not self.timed:
             raise NotMeasuredError(
                 f"{metric} of {self.label!r} was not measured",
                 expected="rounds timed by pytest-benchmark, one test at a time",
@@ -113,7 +114,7 @@ class Training:
         def more() -> Samples | None:
             return samples() if self._take_one_more() else None
 
-        own = samples_of(self.record, metric, unit=unit, better=better)
+        own = samples_of(record, metric, unit=unit, better=better)
         return Measurement(own, more=more, policy=self.policy, observer=self.observer)
 
     def _take_one_more(self) -> bool:

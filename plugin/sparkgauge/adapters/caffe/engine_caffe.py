@@ -205,9 +205,10 @@ class CaffeEngine:
         """Take iteration and history from a ``.solverstate``; DataError if it is of another net: Caffe reads past its
         end. The caller loads the weights it names."""
         model, state = self._folder / "own.caffemodel", self._folder / "own.solverstate"
-        self._check_history(weights.read_state(path).history, str(path))
+        given = weights.read_state(path)
+        self._check_history(given.history, str(path))
         self._process.ask("save", file=str(model))  # Caffe loads the weights that a state names: these
-        weights.write_state(state, replace(weights.read_state(path), learned_net=str(model)))
+        weights.write_state(state, replace(given, learned_net=str(model)))
         self.iteration = self._process.ask("restore", file=str(state))["iteration"]
 
     def _check_history(self, history: Sequence[NDArray[Any]], where: str) -> None:
