@@ -30,7 +30,7 @@ def test_cifar10_quick_by_caffe_itself(trained, baseline):
     assert trained.accuracy >= baseline.accuracy
 
 
-@pytest.mark.gauge(framework="caffe", model="cifar10_quick", device="gpu")
+@pytest.mark.gauge(framework="caffe", model="cifar10_quick", device="gpu", rounds=5)  # each takes seconds
 def test_cifar10_quick_gpu(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy

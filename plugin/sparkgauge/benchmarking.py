@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparkgauge.records import PHASES, Round, RunRecord
@@ -58,6 +58,13 @@ class BenchmarkTimer:
         else:
             entry.pedantic(timed, setup=before, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
         return entry.stats is not None
+
+    def leave_out(self, label: str, rounds: Sequence[Round]) -> None:
+        """Take rounds that measured nothing out of the statistics, unless nothing would be left of them."""
+        stats = self._entry(label).stats
+        seconds: list[float] = [] if stats is None else stats.stats.data
+        if len(seconds) == len(rounds):  # else it was done already
+            seconds[:] = [one for one, taken in zip(seconds, rounds, strict=True) if not taken.invalid] or seconds
 
     def add(self, label: str, extra: Round) -> None:
         """Count a round that the gate asked for beyond the planned ones."""

@@ -40,6 +40,8 @@ BatchRule = Literal["global", "per-executor"]
 BATCH_RULES: tuple[BatchRule, ...] = ("global", "per-executor")
 SYNTHETIC = "synthetic"
 """The value of ``--gauge-data`` that asks for the look-alike data."""
+BASELINES_FOLDER = "baselines"
+"""Where baselines lie below the root folder unless told otherwise."""
 EMBEDDED = "embedded"
 """The value of ``--gauge-master`` for the cluster that the plugin starts itself."""
 
@@ -388,7 +390,7 @@ class GaugeConfig:
             **size,
             **{name: values[name] for name in _COPIED},
             master=None if values["master"] == EMBEDDED else values["master"],
-            baselines_folder=values["baselines"] or root / "baselines",
+            baselines_folder=values["baselines"] or root / BASELINES_FOLDER,
             report_file=values["report"],
             timeout_seconds=values["timeout"] or ROUND_TIMEOUT_SECONDS[profile],
             max_rounds=_max_rounds(values, given),

@@ -83,5 +83,9 @@ class BaselineError(GaugeError):
     """A baseline that cannot be read, written, or is of a newer schema."""
 
 
+class NewerBaselineError(BaselineError):
+    """A baseline of a newer schema: it holds what this version cannot keep, and is never replaced by it."""
+
+
 class NotMeasuredError(GaugeError):
     """A gated assert without a measurement behind it: never a pass."""

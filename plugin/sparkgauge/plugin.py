@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from sparkgauge.cluster.spark import SparkCluster
     from sparkgauge.data.dataset import Dataset
     from sparkgauge.gpu import Gpu
+    from sparkgauge.report.baseline_notes import Collected
     from sparkgauge.session import GaugeSession, TestGauge
     from sparkgauge.training import BaselineView, Training
 
 SESSION = pytest.StashKey["GaugeSession"]()
 TEST = pytest.StashKey["TestGauge"]()
 ITEMS = pytest.StashKey[list[pytest.Item]]()
+VANISHED = pytest.StashKey[list[str]]()
+
+VANISHED_FAIL = "the session fails: what has a baseline was not measured (--gauge-no-require-baseline lets it pass)"
 
 FIXTURES = frozenset({"train", "trained", "baseline", "spark_session", "spark_cluster", "cifar10"})
 """A test that asks for one of these is ours: only then is data looked for and something printed."""
@@ -133,19 +137,26 @@ def pytest_assertrepr_compare(left: object, right: object) -> list[str] | None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table of everything that was measured."""
     session = config.stash.get(SESSION, None)
+    vanished = config.stash.get(VANISHED, [])
     if session is not None and session.runs:
-        from sparkgauge.report.baseline_notes import collected_by
         from sparkgauge.report.summary import write_summary
 
-        items = config.stash.get(ITEMS, [])
-        ours = [item.nodeid for item in items if _is_ours(item)]
-        collected = collected_by(config, [item.nodeid for item in items], ours, terminalreporter.stats)
-        write_summary(terminalreporter, session, verbose=config.get_verbosity() > 0, collected=collected)
+        verbose = config.get_verbosity() > 0
+        write_summary(terminalreporter, session, verbose=verbose, collected=_collected(config, terminalreporter))
+    elif vanished:
+        terminalreporter.section("sparkgauge")
+        for line in vanished:
+            terminalreporter.write_line(line)
+    if vanished:
+        terminalreporter.write_line(VANISHED_FAIL, red=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Stop the cluster and write the JSON report."""
-    gauge = session.config.stash.get(SESSION, None)
+    """Stop the cluster, fail where tests with baselines have vanished, and write the JSON report."""
+    config = session.config
+    if _may_have_vanished(config):
+        _fail_on_vanished(session)
+    gauge = config.stash.get(SESSION, None)
     if gauge is None:
         return
     gauge.stop()
@@ -269,6 +280,40 @@ def _check_gpu(config: pytest.Config) -> None:
         if "gpu" in gauge.required:
             pytest.fail(f"{why} (--gauge-require gpu)", pytrace=False)
         pytest.skip(why)
+
+
+def _may_have_vanished(config: pytest.Config) -> bool:
+    """Return whether this session collected tests, and baselines lie where they are looked for."""
+    if config.option.collectonly or hasattr(config, "workerinput") or ITEMS not in config.stash:
+        return False
+    named = config.getoption("gauge_baselines") or config.getini("gauge_baselines")
+    return bool(named) or config.rootpath.joinpath(options.BASELINES_FOLDER).is_dir()
+
+
+def _fail_on_vanished(session: pytest.Session) -> None:
+    """Keep the lines on vanished tests for the summary, and turn a session that would pass into one that fails."""
+    from sparkgauge.report.baseline_notes import vanished_tests
+
+    config = session.config
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if reporter is None or session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return
+    try:
+        gauge = _session(config)
+        if gauge.runs or gauge.config.embedded:  # the class of somebody else's machines is asked of its executors
+            config.stash[VANISHED] = vanished_tests(gauge, _collected(config, reporter))
+    except GaugeError:
+        return  # no Java, a bad folder: nothing is known of this machine's baselines, and nothing was trained
+    if config.stash.get(VANISHED, []):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _collected(config: pytest.Config, reporter: pytest.TerminalReporter) -> Collected:
+    from sparkgauge.report.baseline_notes import collected_by
+
+    items = config.stash.get(ITEMS, [])
+    ours = [item.nodeid for item in items if _is_ours(item)]
+    return collected_by(config, [item.nodeid for item in items], ours, reporter.stats)
 
 
 def _is_ours(item: pytest.Item) -> bool:

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from sparkgauge import baselines, environment, gpu, nvml
 from sparkgauge.attribution import Side, attribute, side_of
 from sparkgauge.channel import Address
 from sparkgauge.config import GaugeConfig
-from sparkgauge.errors import BaselineError, ConfigurationError, DataError, MachineError
+from sparkgauge.errors import BaselineError, ConfigurationError, DataError, MachineError, NewerBaselineError
 from sparkgauge.gate import QUOTIENTS, BaselineQuantity, Policy, Samples, baseline_quantity, check_valid, summary
 from sparkgauge.job import Job, Recovery
 from sparkgauge.records import (
@@ -76,6 +76,10 @@ class Timer(Protocol):
 
     def add(self, label: str, extra: Round) -> None:
         """Count a further round."""
+        ...
+
+    def leave_out(self, label: str, rounds: Sequence[Round]) -> None:
+        """Forget those of a training's rounds that are invalid."""
         ...
 
     def describe(self, run: RunRecord, status: str) -> None:
@@ -299,12 +303,14 @@ class GaugeSession:
         Pairs need none: what the machine does then, it does to both sides. Built-in trainings on CPUs time their own
         between the steps.
         """
+        from sparkgauge.adapters.barrier import await_slots
         from sparkgauge.rounds import time_reference
 
         if self.opponent is not None or self.server is not None:
             return ()
         cluster = self.cluster(device=workload.device)
         cluster.wait_for_executors(workload.executors)
+        await_slots(cluster.spark.sparkContext, workload.executors)
         self._measure_ceiling(cluster.spark.sparkContext, workload)
         if workload.fn is None and workload.device == "cpu":
             return ()
@@ -580,6 +586,7 @@ class TestGauge:
         runs = [self._describe(one) for one in self.trainings if one.rounds]
         self.session.runs = [run for run in self.session.runs if run.test_id != self.test_id] + runs
         for run in runs:
+            self.timer.leave_out(run.label, run.rounds)
             self.timer.describe(run, " ".join(sorted({verdict.status for verdict in self.verdicts})) or "not gated")
         keeps = passed and self.session.server is None
         if keeps and runs and any(verdict.status == "generated" for verdict in self.verdicts):
@@ -717,9 +724,23 @@ class TestGauge:
         )
 
     def _read(self, path: Path) -> Baseline | None:
-        if self.session.config.update == "all":
-            return None  # about to be replaced, readable or not
-        return self.session.store.read(path)
+        try:
+            stored = self.session.store.read(path)
+        except NewerBaselineError:
+            raise
+        except BaselineError:
+            if self.session.config.update == "all":
+                return None  # about to be replaced, readable or not
+            raise
+        if stored is not None and stored.test_id != self.test_id:
+            raise BaselineError(
+                "The baseline is another test's",
+                expected=f"the field test_id to be {self.test_id!r}",
+                actual=repr(stored.test_id),
+                where=_shown(path),
+                hint="Was the test renamed? Write its new id into the file, or measure it: --gauge-update new",
+            )
+        return None if self.session.config.update == "all" else stored
 
     def _why_not(self, stored: Baseline | None) -> str | None:
         if stored is None:
@@ -761,14 +782,30 @@ class TestGauge:
         path = self._path()
         fresh = baseline_of(runs, self.session.approval(), more_samples=self._speedups)
         replacement = self._replacement(path, fresh)
-        self.session.store.write(path, replacement.new)
+        try:
+            self.session.store.write(path, replacement.new)
+        except BaselineError as error:
+            self._not_written(error)
+            raise
         self.session.written.append(path)
         self.session.replacements.append(replacement)
+
+    def _not_written(self, error: BaselineError) -> None:
+        """Take back what the verdicts say: nothing was generated."""
+        told = {
+            id(one): replace(one, status="missing", reason=str(error))
+            for one in self.verdicts
+            if one.status == "generated"
+        }
+        self.verdicts = [told.get(id(one), one) for one in self.verdicts]
+        self.session.verdicts = [(test, label, told.get(id(one), one)) for test, label, one in self.session.verdicts]
 
     def _replacement(self, path: Path, fresh: Baseline) -> baselines.Replacement:
         """Return what to write: with ``new`` what the stored one lacks, with ``all`` the next generation of it."""
         try:
             stored = self.session.store.read(path)
+        except NewerBaselineError:
+            raise
         except BaselineError as error:
             if self.session.config.update != "all":
                 raise

@@ -14,13 +14,13 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from sparkgauge import ranks
-from sparkgauge.errors import BaselineError, ConfigurationError
+from sparkgauge.errors import BaselineError, ConfigurationError, NewerBaselineError
 from sparkgauge.records import (
     PHASES,
     SCHEMA_VERSION,
@@ -395,7 +395,7 @@ def parse_json(
         value = json.loads(
             content.decode("utf-8"),
             object_pairs_hook=_object_of_unique_keys,
-            parse_constant=_refuse_constant,
+            parse_constant=_NotFinite,
             parse_float=_finite_float,
         )
     except RecursionError:
@@ -404,6 +404,15 @@ def parse_json(
         raise refuse("JSON in UTF-8", str(error)[:120]) from None
     if not _nested_at_most(value, DEEPEST_NESTING):
         raise refuse(f"a {what}", "JSON nested too deeply")
+    if (found := _not_finite(value, what)) is not None:
+        field, number = found
+        raise BaselineError(
+            f"Unreadable {what}",
+            expected="finite numbers",
+            actual=number.text[:40],
+            where=f"{where}, field {field}",
+            hint=_RESTORE if hint is None else hint,
+        )
     return value
 
 
@@ -416,15 +425,28 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name}, which is no finite number")
+@dataclasses.dataclass(frozen=True)
+class _NotFinite:
+    """What stands in parsed JSON where the text had NaN, Infinity or a number too large for a float."""
+
+    text: str
 
 
-def _finite_float(text: str) -> float:
+def _finite_float(text: str) -> float | _NotFinite:
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]}, which is too large a number")
-    return value
+    return value if math.isfinite(value) else _NotFinite(text)
+
+
+def _not_finite(value: Any, field: str) -> tuple[str, _NotFinite] | None:
+    """Return the first number in ``value`` that is not finite, and its field below ``field``; None without any."""
+    if isinstance(value, _NotFinite):
+        return field, value
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        items = ((f"{field}.{key}"[:200], one) for key, one in value.items())
+    elif isinstance(value, list):
+        items = ((f"{field}[{index}]", one) for index, one in enumerate(value))
+    return next((found for name, one in items if (found := _not_finite(one, name)) is not None), None)
 
 
 def _nested_at_most(value: Any, levels: int) -> bool:
@@ -440,7 +462,7 @@ def _check_schema(value: Any, where: str) -> None:
         actual = f"schema {schema!r}"[:80] if isinstance(value, dict) else type(value).__name__
         raise _unreadable(where, expected="an object with its schema version", actual=actual, field="baseline.schema")
     if schema > SCHEMA_VERSION:
-        raise BaselineError(
+        raise NewerBaselineError(
             "The baseline was written by a newer sparkgauge",
             expected=f"schema {SCHEMA_VERSION} or older",
             actual=f"schema {str(schema)[:20]}" if schema < 10**20 else "a huge schema number",

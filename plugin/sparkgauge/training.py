@@ -62,7 +62,7 @@ class Training:
     def __repr__(self) -> str:
         workload = self.workload
         what = f"{workload.framework} {workload.model} on {workload.executors} x {workload.device}"
-        return f"<training {self.label!r}: {what}, {len(self.rounds)} of {workload.rounds} rounds>"
+        return f"<training {self.label!r}: {what}, {len(self.rounds)} rounds, {workload.rounds} planned>"
 
     @property
     def runtime(self) -> Measurement:

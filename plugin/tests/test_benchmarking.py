@@ -128,3 +128,19 @@ def test_scalars_are_means_over_rounds_and_executors(tmp_path: Path) -> None:
     assert found["executors"] == 2
     assert "label" not in found
     assert all(isinstance(value, (str, int, float)) for value in found.values())
+
+
+def test_invalid_rounds_leave_the_statistics(benchmark: Any, take: Callable[[], Round]) -> None:
+    if benchmark.disabled:
+        pytest.skip("pytest-benchmark itself is switched off")
+    timer = BenchmarkTimer(benchmark)
+    timer("trained", make_workload(), take, 3, 0)
+    seconds = benchmark.stats.stats.data
+    seconds[:] = [1.0, 9.0, 2.0]
+    lost = replace(make_round(), invalid="retried: executor 1 was lost")
+    rounds = [make_round(), lost, make_round()]
+    timer.leave_out("trained", rounds)
+    timer.leave_out("trained", rounds)  # a session may finish a test twice
+    assert seconds == [1.0, 2.0]
+    timer.leave_out("trained", [lost, lost])
+    assert seconds == [1.0, 2.0]  # pytest-benchmark needs one

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from plugin.tests import made_up
 from plugin.tests.plugin_runs import HEAVY, PACKAGE_ROOT, Finished, Project
-from sparkgauge import gpu
+from sparkgauge import environment, gpu
+from sparkgauge.store import BaselineStore
 
 FOREIGN = """
 def test_nothing_of_ours():
@@ -101,6 +103,34 @@ def test_a_folder_without_our_tests_pays_nothing(arguments: list[str], tmp_path:
     assert finished.heavy_modules == []
     assert "sparkgauge:" not in finished.output
     assert not project.cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ([], 1),
+        (["."], 1),
+        (["--gauge-no-require-baseline"], 0),
+        (["-k", "nothing_of_ours"], 0),
+        (["test_foreign.py"], 0),
+        (["--collect-only"], 0),
+        (["--gauge-profile", "full"], 0),
+    ],
+)
+def test_a_session_fails_where_a_test_with_a_baseline_has_vanished(
+    arguments: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    project = Project(tmp_path / "foreign", tmp_path / "cache").write(test_foreign=FOREIGN)
+    machine = environment.capture(os.environ)
+    store = BaselineStore(project.folder / "baselines")
+    test_id = "test_gone.py::test_quick"
+    path = store.path_for(test_id, hardware_class=machine.hardware_class, profile="ci")
+    store.write(path, made_up.make_baseline(made_up.make_run(test_id=test_id, environment=machine, profile="ci")))
+    finished = project.run(*arguments, name="run", environ={"CUDA_VISIBLE_DEVICES": ""})
+    assert finished.status == status, finished.output
+    assert (f"baseline vanished: {test_id}: no such test any more" in finished.output) == bool(status)
+    assert ("the session fails" in finished.output) == bool(status)
 
 
 def test_a_broken_option_of_an_unused_environment_variable_is_still_reported(project: Project) -> None:

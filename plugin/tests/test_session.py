@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -85,6 +85,9 @@ class Timer:
 
     def add(self, label: str, extra: Round) -> None:
         self.extra.append(label)
+
+    def leave_out(self, label: str, rounds: Sequence[Round]) -> None:
+        pass
 
     def describe(self, run: RunRecord, status: str) -> None:
         self.described.append((run.label, status))
@@ -229,6 +232,45 @@ def test_all_replaces_what_is_there(make: Callable[..., TestGauge]) -> None:
         gauge.finish(passed=True)
         samples = json.loads(gauge.session.written[0].read_text())["samples"]
         assert len(samples["runtime_seconds"]) == rounds
+
+
+def stored_file(make: Callable[..., TestGauge]) -> Path:
+    gauge = make(update="new")
+    assert quick(gauge).runtime <= gauge.baseline.runtime
+    gauge.finish(passed=True)
+    return gauge.session.written[0]
+
+
+def test_a_newer_baseline_is_never_replaced(make: Callable[..., TestGauge]) -> None:
+    path = stored_file(make)
+    newer = json.dumps({**json.loads(path.read_text()), "schema": 99})
+    path.write_text(newer)
+    with pytest.raises(BaselineError, match="newer sparkgauge"):
+        _ = make(update="all").baseline  # before anything is trained
+    assert path.read_text() == newer
+
+
+def test_a_baseline_of_another_test_is_not_compared_with(make: Callable[..., TestGauge]) -> None:
+    path = stored_file(make)
+    path.write_text(path.read_text().replace('"test_id": "', '"test_id": "other_'))
+    with pytest.raises(BaselineError, match="another test's.*other_"):
+        _ = make().baseline
+
+
+def test_what_could_not_be_written_was_not_generated(
+    make: Callable[..., TestGauge], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge = make(update="new")
+    assert quick(gauge).runtime <= gauge.baseline.runtime
+
+    def refuse(path: Path, baseline: Any) -> None:
+        raise BaselineError("Cannot write the baseline", actual="No space left on device", where=str(path))
+
+    monkeypatch.setattr(gauge.session.store, "write", refuse)
+    with pytest.raises(BaselineError, match="No space left"):
+        gauge.finish(passed=True)
+    ((_, _, verdict),) = gauge.session.verdicts
+    assert verdict.status == "missing" and "No space left" in verdict.reason
 
 
 def test_a_slowed_run_is_not_stored(make: Callable[..., TestGauge], tmp_path: Path) -> None:
@@ -496,7 +538,7 @@ def test_an_unreadable_baseline_is_told_before_anything_is_trained(make: Callabl
 def test_reprs_are_one_short_line(make: Callable[..., TestGauge]) -> None:
     gauge = make()
     training = quick(gauge)
-    assert repr(training) == "<training 'trained': tensorflow cifar10_quick on 2 x cpu, 0 of 3 rounds>"
+    assert repr(training) == "<training 'trained': tensorflow cifar10_quick on 2 x cpu, 0 rounds, 3 planned>"
     assert repr(gauge.baseline) == "<baseline of 'trained'>"
     assert repr(gauge.baseline["gpu"]) == "<baseline of 'gpu'>"
 

@@ -171,7 +171,7 @@ def test_profiles_and_labels_live_apart(tmp_path: Path) -> None:
         (changed(samples={"runtime_seconds": [float("nan")]}), "NaN"),
         (changed(samples={"runtime_seconds": [float("inf")]}), "Infinity"),
         (changed(workload={"x": float("-inf")}), "-Infinity"),
-        (changed(workload={"x": 0.5}).replace("0.5", "1e999"), "too large a number"),
+        (changed(workload={"x": 0.5}).replace("0.5", "1e999"), "got 1e999"),
         (changed(workload=[]), "baseline.workload"),
         (changed(extra=1), "extra"),
         (changed(data=None), "baseline.data"),

@@ -227,8 +227,9 @@ def _training(spec: ClusterSpec, cores: int) -> dict[str, str]:
         # One task fills an executor, so that a job of N tasks lands on N executors.
         "spark.task.cpus": str(cores),
         "spark.locality.wait": "0",
+        # Who waits for executors, and says how many have come, is SparkCluster; Spark would wait in its constructor.
         "spark.scheduler.minRegisteredResourcesRatio": "1.0",
-        "spark.scheduler.maxRegisteredResourcesWaitingTime": f"{spec.start_timeout_seconds:.0f}s",
+        "spark.scheduler.maxRegisteredResourcesWaitingTime": "0s",
         # 15 s is the default; a barrier job sent while executors register waits one interval.
         "spark.scheduler.barrier.maxConcurrentTasksCheck.interval": "1s",
         "spark.python.daemon.module": DAEMON_MODULE,

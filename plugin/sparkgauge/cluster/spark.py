@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.05
 EXTERNAL_GRACE_SECONDS = 5.0
 """How long more executors than are registered may take to show up once the session runs."""
-GPU_REGISTRATION_SECONDS = 30.0
-"""How long executors with GPUs may take to register; without them it is 3-10 s on a quiet machine."""
+PROMPT_REGISTRATION_SECONDS = 30.0
+"""Where executors come at once or never: a standalone master starts them in seconds on workers that have room, and
+lets an application wait forever for cores and GPUs that nobody has."""
 RELAUNCH_TIMEOUT_SECONDS = 30.0
 """A killed executor is back in 3-4 s on a quiet machine."""
 
@@ -227,10 +228,11 @@ class SparkCluster:
         self.wait_for_executors(self._size, self._registration_seconds())
 
     def _registration_seconds(self) -> float:
-        """Return how long executors may take: Spark lets an application wait forever for GPUs that nobody has."""
+        """Return how long executors may take; YARN and Kubernetes queue them, and fetch images for them."""
         limit = self.spec.start_timeout_seconds
-        is_elsewhere = self.kind == "external"  # here the workers have what was dealt out to them
-        return min(limit, GPU_REGISTRATION_SECONDS) if self.spec.gpus and is_elsewhere else limit
+        master = self._standalone.url if self._standalone else str(self.spec.master)
+        is_prompt = self.kind == "external" and (master.startswith("spark://") or bool(self.spec.gpus))
+        return min(limit, PROMPT_REGISTRATION_SECONDS) if is_prompt else limit
 
     def _driver_environment(self, java: Java, spark_home: Path) -> dict[str, str | None]:
         return conf.driver_environment(

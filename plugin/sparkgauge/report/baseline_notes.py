@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sparkgauge.baselines import STALE_DAYS, Replacement, Stored, age_days, is_stale, stored_in
-from sparkgauge.errors import ConfigurationError
+from sparkgauge.errors import BaselineError, ConfigurationError
 from sparkgauge.gate import SHORT_NAMES
 from sparkgauge.records import Verdict
 from sparkgauge.report.baseline_text import age_text, replacement_lines, shown_path
@@ -61,15 +61,10 @@ def session_notes(session: GaugeSession, collected: Collected) -> list[str]:
 
     A session that compares with another commit uses no stored baseline, and says nothing of them.
     """
-    if session.opponent is not None or session.server is not None:
-        return []
-    try:
-        stored, broken = stored_in(session.store.folder, hardware_class=session.environment.hardware_class)
-    except ConfigurationError:  # no baseline was ever stored
-        return []
+    stored, broken = _stored(session)
     report = session.config.report_file
     notes = baseline_notes(
-        stored=[one for one in stored if one.baseline.profile == session.config.profile],
+        stored=stored,
         verdicts=session.verdicts,
         outcomes=session.outcomes,
         replacements=session.replacements,
@@ -78,6 +73,30 @@ def session_notes(session: GaugeSession, collected: Collected) -> list[str]:
         report_file=shown_path(report) if report else None,
     )
     return notes + [f"baseline unreadable: {error}" for error in broken]
+
+
+def vanished_tests(session: GaugeSession, collected: Collected) -> list[str]:
+    """Return the lines on baselines whose tests should have been collected and were not.
+
+    What is not measured is no pass: the session fails, unless it records baselines or requires none.
+    """
+    config = session.config
+    if not config.require_baseline or config.update is not None:
+        return []
+    used = {test_id for test_id, _, verdict in session.verdicts if verdict.baseline_file}
+    return _limited("vanished", [_vanished_text(one) for one in _stored(session)[0] if _vanished(one, used, collected)])
+
+
+def _stored(session: GaugeSession) -> tuple[list[Stored], list[BaselineError]]:
+    """Return this machine's baselines of the session's profile, and what is wrong with others; none in comparisons
+    with a commit, or where nothing was ever stored."""
+    if session.opponent is not None or session.server is not None:
+        return [], []
+    try:
+        stored, broken = stored_in(session.store.folder, hardware_class=session.environment.hardware_class)
+    except ConfigurationError:  # no baseline was ever stored
+        return [], []
+    return [one for one in stored if one.baseline.profile == session.config.profile], broken
 
 
 def baseline_notes(
