@@ -30,7 +30,9 @@ def test_cifar10_quick_by_caffe_itself(trained, baseline):
     assert trained.accuracy >= baseline.accuracy
 
 
-@pytest.mark.gauge(framework="caffe", model="cifar10_quick", device="gpu", rounds=5)  # each takes seconds
+@pytest.mark.gauge(
+    framework="caffe", model="cifar10_quick", device="gpu", executors=1, rounds=5
+)  # a round takes seconds, in every profile
 def test_cifar10_quick_gpu(trained, baseline):
     assert trained.runtime <= baseline.runtime
     assert trained.accuracy >= baseline.accuracy

@@ -12,7 +12,7 @@ from sparkgauge import speedup
 ROWS = [("caffe", "cifar10_quick"), ("tensorflow", "cifar10_tutorial"), ("torch", "cifar10_quick")]
 """The models of the 2017 report on the frameworks it used, and one of them on PyTorch."""
 
-EPOCHS = 20
+EPOCHS = 10
 """ResNet-20's own 164 epochs say nothing more about speed."""
 
 GLOBAL_BATCH = 2048

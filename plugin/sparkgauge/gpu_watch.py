@@ -38,19 +38,14 @@ class GpuWatch:
         self._watched: list[_Watched] = []
 
     def start(self) -> GpuWatch:
-        """Look for the first time and begin; without a GPU that can be asked nothing is sampled."""
-        with contextlib.suppress(nvml.NvmlError):
-            wanted = gpu.visible_uuids()
-            self._watched = [_Watched(one, nvml.probe(one.uuid)) for one in nvml.devices() if one.uuid in wanted]
-        self._look()
-        if self._watched:
-            self._thread.start()
+        """Begin, at once: loading NVML, 0.1 s, is the thread's. Without a GPU that can be asked nothing is sampled."""
+        self._thread.start()
         return self
 
     def stop(self) -> tuple[GpuState, ...]:
         """Look for the last time and return what was seen; nothing when called again."""
         self._ended.set()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join()
         self._look()
         watched, self._watched = self._watched, []
@@ -59,7 +54,11 @@ class GpuWatch:
         return tuple(state_of(one.device, one.readings, time.monotonic() - self._began) for one in watched)
 
     def _sample(self) -> None:
-        while not self._ended.wait(self._interval_seconds):
+        with contextlib.suppress(nvml.NvmlError):
+            wanted = gpu.visible_uuids()
+            self._watched = [_Watched(one, nvml.probe(one.uuid)) for one in nvml.devices() if one.uuid in wanted]
+        self._look()
+        while self._watched and not self._ended.wait(self._interval_seconds):
             self._look()
 
     def _look(self) -> None:

@@ -151,6 +151,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(VANISHED_FAIL, red=True)
 
 
+@pytest.hookimpl(trylast=True)  # after the tear-down of a test that was interrupted: its rounds belong in the report
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Stop the cluster, fail where tests with baselines have vanished, and write the JSON report."""
     config = session.config

@@ -158,6 +158,11 @@ class FlatGradients:
         """
         return self._waits.seconds
 
+    @property
+    def captured_seconds(self) -> float:
+        """Return the same of captured steps: the sum over all graphs, each as its latest replay took."""
+        return self._waits.captured_seconds
+
     def clear(self) -> None:
         """Set all gradients to zero; call it before every backward pass."""
         self.flat.zero_()
@@ -215,6 +220,11 @@ class Exchange:
         """Return how long the sums took so far; on a GPU the host waits for the last of them."""
         return self._waits.seconds
 
+    @property
+    def captured_seconds(self) -> float:
+        """Return the same of captured steps: the sum over all graphs, each as its latest replay took."""
+        return self._waits.captured_seconds
+
     def sum_(self, values: Any) -> Any:
         """Return the tensor ``values`` after summing it over the executors in place."""
         if self.group is not None:
@@ -227,24 +237,43 @@ class Exchange:
 
 
 class Stopwatch:
-    """Adds up how long ``with`` blocks take: on a GPU between marks in its stream, which no host waits for."""
+    """Adds up how long ``with`` blocks take: on a GPU between marks in its stream, which no host waits for.
+
+    Blocks of a captured step are seen in its latest replay alone: :attr:`captured_seconds`.
+    """
 
     def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
         self._seconds = self._began = 0.0
         self._marks: list[tuple[Any, Any]] = []
+        self._captured: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> None:
         if self._on_gpu:
-            self._marks.append((self._mark(), None))
+            self._pairs().append((self._mark(), None))
         else:
             self._began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         if self._on_gpu:
-            self._marks[-1] = (self._marks[-1][0], self._mark())
+            pairs = self._pairs()
+            pairs[-1] = (pairs[-1][0], self._mark())
         else:
             self._seconds += time.perf_counter() - self._began
+
+    @property
+    def captured_seconds(self) -> float:
+        """Return the sum over the blocks of all captured steps, each as its latest replay took, after waiting for it;
+        0 where PyTorch cannot time within a graph."""
+        pairs = [pair for pair in self._captured if None not in pair]
+        for _, end in pairs[-1:]:
+            end.synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1000
+
+    def _pairs(self) -> list[tuple[Any, Any]]:
+        import torch
+
+        return self._captured if torch.cuda.is_current_stream_capturing() else self._marks
 
     @property
     def seconds(self) -> float:
@@ -258,7 +287,13 @@ class Stopwatch:
     def _mark(self) -> Any:
         import torch
 
-        event = torch.cuda.Event(enable_timing=True)
+        if not torch.cuda.is_current_stream_capturing():
+            event = torch.cuda.Event(enable_timing=True)
+        else:
+            try:
+                event = torch.cuda.Event(enable_timing=True, external=True)
+            except TypeError:  # a PyTorch whose events cannot be read outside their graph
+                return None
         event.record()
         return event
 

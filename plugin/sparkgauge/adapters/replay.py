@@ -16,7 +16,11 @@ WARM_UP_PASSES = 3
 
 
 class Replayed:
-    """``step`` as a graph for each shape of its arguments, captured when a shape is first seen."""
+    """``step`` as a graph for each shape of its arguments, captured when a shape is first seen.
+
+    A step may hold NCCL's collectives: then every executor must see new shapes at the same calls, and :meth:`close`
+    must come before the process group's end, which waits for the graphs that use it.
+    """
 
     def __init__(self, step: StepFunction, state: Callable[[], list[Tensor]], generator: Any = None) -> None:
         """``state`` returns the tensors that ``step`` changes; captures leave them as they were.
@@ -25,13 +29,29 @@ class Replayed:
         """
         self._step, self._state, self._generator = step, state, generator
         self._graphs: dict[Any, _Graph] = {}
+        self.calls = 0
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        """Return the loss of the step, which the GPU may still be computing."""
-        shape = tuple(tuple(argument.shape) for argument in arguments)
+    def __call__(self, *arguments: Tensor, key: Any = None) -> Tensor:
+        """Return the loss of the step, which the GPU may still be computing; ``key`` tells equal shapes apart."""
+        shape = key, tuple(tuple(argument.shape) for argument in arguments)
         if shape not in self._graphs:
             self._graphs[shape] = _Graph(self._step, arguments, self._state(), self._generator)
+        self.calls += 1
         return self._graphs[shape].replay(arguments)
+
+    @property
+    def graphs(self) -> int:
+        """Return how many graphs there are."""
+        return len(self._graphs)
+
+    @property
+    def passes(self) -> int:
+        """Return how often Python has gone through ``step``: before and in each capture."""
+        return self.graphs * (WARM_UP_PASSES + 1)
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._graphs.clear()
 
 
 class _Graph:

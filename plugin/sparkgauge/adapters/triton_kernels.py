@@ -8,6 +8,8 @@ and then found in Triton's cache on disk. Not to be imported where Triton is not
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -273,3 +275,19 @@ def convolution_forward(
     y += tl.load(bias_ptr + n, mask=n < FILTERS, other=0.0)[None, :]
     inside = (pixel < total)[:, None] & (n < FILTERS)[None, :]
     tl.store(y_ptr + pixel[:, None] * FILTERS + n[None, :], y.to(element), mask=inside)
+
+
+def _hash_ahead() -> None:
+    """Compute what Triton computes once a process, 0.3 to 0.6 s of hashing itself: workers forked later inherit it."""
+    try:
+        from triton.runtime.cache import triton_key
+        from triton.runtime.jit import JITFunction
+    except ImportError:  # other versions keep them elsewhere, and hash when a kernel is first run
+        return
+    triton_key()
+    kernels: list[Any] = [one for one in globals().values() if isinstance(one, JITFunction)]
+    for kernel in kernels:
+        _ = kernel.cache_key
+
+
+_hash_ahead()

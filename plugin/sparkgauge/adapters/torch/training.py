@@ -47,16 +47,19 @@ def train(model: str, context: Context, shard: Shard) -> dict[str, float]:
     recipe = RECIPES[model]
     trainer = Trainer(recipe, context, shard)
     total = context.total_steps(shard)
-    if (state := context.restore()) is not None:
-        trainer.restore(state)
-    for step in context.steps(trainer.feed):
-        trainer.step(step, recipe.learning_rate(step.index, total, context.global_batch))
-        if context.checkpoint_due:
-            context.checkpoint(trainer.state())
-        if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
-            trainer.test()
-    trainer.test()
-    return _results(model, context, trainer.reduced_bytes)
+    try:
+        if (state := context.restore()) is not None:
+            trainer.restore(state)
+        for step in context.steps(trainer.feed):
+            trainer.step(step, recipe.learning_rate(step.index, total, context.global_batch))
+            if context.checkpoint_due:
+                context.checkpoint(trainer.state())
+            if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
+                trainer.test()
+        trainer.test()
+        return _results(model, context, trainer.reduced_bytes)
+    finally:
+        trainer.close()
 
 
 def _results(model: str, context: Context, reduced_bytes: int) -> dict[str, float]:
@@ -89,9 +92,8 @@ class Trainer:
         self._kept: tuple[Any, int] = (0.0, 0)
         self._known: tuple[Any, Any] = (None, None)
         self._moved_seconds = 0.0
-        # one process only: collectives inside a graph are not every version's to capture
-        alone_on_gpu = self._on_gpu and context.handle.group is None
-        self._update = Replayed(self._updated, self._state) if alone_on_gpu else self._updated
+        self._replayed = Replayed(self._updated, self._state) if self._on_gpu else None
+        self._reported_calls = 0
 
     @property
     def feed(self) -> Shard:
@@ -100,15 +102,21 @@ class Trainer:
 
     @property
     def reduced_bytes(self) -> int:
-        """Return the payload this executor has handed to all-reduces."""
-        return self._optimiser.gradients.bytes_reduced + self._exchange.bytes_reduced
+        """Return the payload this executor has handed to all-reduces; every step hands over as much."""
+        counted = self._optimiser.gradients.bytes_reduced + self._exchange.bytes_reduced
+        replayed = self._replayed
+        return counted if replayed is None else counted * replayed.calls // max(1, replayed.passes)
 
     def step(self, step: Step, rate: float) -> None:
         """Run one training step on this executor's part of the global batch, which may be empty."""
         if not self._network.training:
             self._network.train()
         arguments = self._inputs.arguments(step)
-        loss_sum = self._update(self._scalars(rate, step.global_batch), *arguments)
+        scalars = self._scalars(rate, step.global_batch)
+        if self._replayed is None:
+            loss_sum = self._updated(scalars, *arguments)
+        else:  # all executors see the same global batches, so that they capture their collectives together
+            loss_sum = self._replayed(scalars, *arguments, key=step.global_batch)
         if self._averages is not None:
             self._averages.update(step.index)
         if self._lookahead is not None:
@@ -195,7 +203,22 @@ class Trainer:
         return logits + self._network(inputs.flip(3)) if self._recipe.test_flip else logits
 
     def _waited(self) -> float:
-        return self._optimiser.gradients.exposed_seconds + self._exchange.seconds
+        """Return how long collectives were waited for so far, in seconds.
+
+        Of captured steps the latest one stands for all since the last call.
+        """
+        collectives = self._optimiser.gradients, self._exchange
+        replayed = self._replayed
+        if replayed is None:
+            return collectives[0].exposed_seconds + collectives[1].seconds
+        steps, self._reported_calls = replayed.calls - self._reported_calls, replayed.calls
+        each = sum(one.captured_seconds for one in collectives) / max(1, replayed.graphs)
+        return self._moved_seconds + each * steps
+
+    def close(self) -> None:
+        """Free what is captured."""
+        if self._replayed is not None:
+            self._replayed.close()
 
 
 class Momentum:
