@@ -81,7 +81,7 @@ def unpack(content: bytes, identity: Mapping[str, Any], where: str) -> tuple[int
             actual=f"{type(error).__name__}: {error}",
             where=where,
             hint="Delete it; the round then starts from its first step.",
-        ) from error
+        ) from None
 
 
 def check_shapes(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
@@ -119,18 +119,24 @@ class Folder:
 
     def write(self, name: str, content: bytes) -> None:
         """Write ``content`` to the file ``name`` atomically, and remove all but the last few."""
-        self.path.mkdir(parents=True, exist_ok=True)
         part = self.path / f".{name}.{os.getpid()}"
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(self.path / name)
         except OSError as error:
-            part.unlink(missing_ok=True)
-            reason = error.strerror or str(error)
-            raise DataError("Cannot write a checkpoint", actual=reason, where=str(self.path / name)) from error
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise DataError(
+                "Cannot write a checkpoint",
+                expected="a folder that can be made and written where the executors run",
+                actual=error.strerror or str(error),
+                where=str(self.path / name),
+                hint="Choose another checkpoint_folder, or free space there",
+            ) from None
         for old in sorted(self.path.glob("step-*.npz"))[:-KEPT]:
             old.unlink(missing_ok=True)
 
@@ -145,7 +151,7 @@ class Folder:
                 actual=error.strerror or str(error),
                 where=str(self.path / name),
                 hint="checkpoint_folder must be a folder that all machines share, or a URI such as hdfs://...",
-            ) from error
+            ) from None
 
 
 class HadoopFolder:
@@ -205,7 +211,7 @@ class HadoopFolder:
                 actual=str(cause if cause is not None else error).splitlines()[0],
                 where=f"{self._uri} ({name})",
                 hint="Check the URI, and that Spark's Hadoop configuration knows this file system",
-            ) from error
+            ) from None
 
 
 class Checkpoints:
@@ -222,6 +228,7 @@ class Checkpoints:
     ) -> None:
         """``latest`` is the checkpoint to go on from, empty for none; ``announce`` hears of every one written."""
         self._identity, self._storage, self._latest = identity_of(job), storage, latest
+        self._folder = "" if job.recovery is None else job.recovery.folder.rstrip("/")
         self._every = job.recovery.every_steps if job.recovery is not None else None
         self._writes, self._announce = writes, announce
 
@@ -240,7 +247,7 @@ class Checkpoints:
         """Return steps and state of the last checkpoint; None where there is none."""
         if not self._latest:
             return None
-        return unpack(self._storage.read(self._latest), self._identity, self._latest)
+        return unpack(self._storage.read(self._latest), self._identity, f"{self._folder}/{self._latest}")
 
 
 def _check(tree: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:

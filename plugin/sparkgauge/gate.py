@@ -17,7 +17,7 @@ from sparkgauge import stats
 from sparkgauge.errors import ConfigurationError, NotMeasuredError
 from sparkgauge.records import Baseline, RunRecord, Status, Verdict
 from sparkgauge.stats import Better, Interval, Scale
-from sparkgauge.store import DEFAULT_LABEL, REFERENCES, run_samples, sample_key
+from sparkgauge.store import DEFAULT_LABEL, QUOTIENT_REFERENCES, REFERENCES, run_samples, sample_key
 
 METRICS: dict[str, tuple[str, Better]] = {
     "runtime_seconds": ("s", "lower"),
@@ -39,7 +39,7 @@ SHORT_NAMES = {
 }
 """The attribute under which a run and a baseline offer a metric, where it is not the metric's name."""
 
-QUOTIENTS = ("speedup_ratio", "efficiency_ratio")
+QUOTIENTS = tuple(QUOTIENT_REFERENCES)
 """Metrics of two runs, which belong to their test and not to one of its trainings."""
 
 
@@ -100,7 +100,8 @@ class Samples:
     reference_seconds: tuple[float, ...] = ()
     """The reference kernel's time before each value's round, where it was timed for all of them; empty otherwise."""
     step_reference_seconds: tuple[float, ...] = ()
-    """The usual time of its pieces between the steps of each round; empty likewise."""
+    """The usual time of its pieces between the steps of each round; empty likewise. Of a quotient the quotient, which
+    is no time."""
 
     def __post_init__(self) -> None:
         if (self.unit == "fraction") != (unit_of(self.metric) == "fraction"):
@@ -584,7 +585,7 @@ def _decision(
             alpha=1.0 - confidence,
             better=candidate.better,
         )
-        note = found.said if _is_of_time(candidate.metric) else ""
+        note = found.said if _feels_machine(candidate.metric) else ""
         return found.comparison.status, found.comparison.interval, note
     before, after, paired = _by_seed(stored, candidate)
     floor_sd = _floor_sd(stored, candidate)
@@ -602,9 +603,9 @@ def _references(stored: Samples, candidate: Samples) -> tuple[Sequence[float] | 
         if between_steps
         else (stored.reference_seconds, candidate.reference_seconds)
     )
-    if not all(sides) or not _is_of_time(candidate.metric):
+    if not all(sides) or not _feels_machine(candidate.metric):
         return None, None, False
-    if candidate.better == "lower":
+    if candidate.better == "lower" or candidate.metric in QUOTIENTS:
         return *sides, between_steps
     return [1.0 / one for one in sides[0]], [1.0 / one for one in sides[1]], between_steps
 
@@ -614,13 +615,19 @@ def _is_of_time(metric: str) -> bool:
     return metric.endswith("_seconds") or metric == "images_per_second"
 
 
+def _feels_machine(metric: str) -> bool:
+    """Return whether the reference kernel's time can take a part of the metric's noise out."""
+    return _is_of_time(metric) or metric in QUOTIENTS
+
+
 def _with_references(
     samples: Samples, available: Mapping[str, tuple[float, ...]], label: str = DEFAULT_LABEL
 ) -> Samples:
     """Return ``samples`` with the reference kernel's times of the same rounds, as far as there are any."""
-    if not _is_of_time(samples.metric):
+    if not _feels_machine(samples.metric):
         return samples
-    found = (available.get(sample_key(label, name), ()) for name in REFERENCES)
+    names = (QUOTIENT_REFERENCES[samples.metric], "") if samples.metric in QUOTIENTS else REFERENCES
+    found = (available.get(sample_key(label, name), ()) for name in names)
     between, before = (times if len(times) == len(samples.values) else () for times in found)
     return dataclasses.replace(samples, step_reference_seconds=between, reference_seconds=before)
 
@@ -669,7 +676,7 @@ def _ratios(quick: Measurement, slow: Measurement) -> Samples:
     if min(quick_values) <= 0.0 or min(slow_values) <= 0.0:
         raise NotMeasuredError("A speed-up needs run times above 0", actual=f"{min(*quick_values, *slow_values):g} s")
     ratios = tuple(a / b for a, b in zip(slow_values, quick_values, strict=False))
-    return _samples("speedup_ratio", ratios, quick.samples.seeds[: len(ratios)], None)
+    return _with_quotients(_samples("speedup_ratio", ratios, quick.samples.seeds[: len(ratios)], None), quick, slow)
 
 
 def _efficiencies(times: float, many: Measurement, one: Measurement) -> Samples:
@@ -677,7 +684,19 @@ def _efficiencies(times: float, many: Measurement, one: Measurement) -> Samples:
     if min(*fast, *slow) <= 0.0:
         raise NotMeasuredError("An efficiency needs throughputs above 0", actual=f"{min(*fast, *slow):g} images/s")
     ratios = tuple(a / b / times for a, b in zip(fast, slow, strict=False))
-    return _samples("efficiency_ratio", ratios, many.samples.seeds[: len(ratios)], None)
+    return _with_quotients(_samples("efficiency_ratio", ratios, many.samples.seeds[: len(ratios)], None), many, one)
+
+
+def _with_quotients(samples: Samples, fast: Measurement, slow: Measurement) -> Samples:
+    """Return ``samples``, quotients of rounds, with those of the reference kernel's time beside the same rounds.
+
+    Dividing by them takes out what the machine's speed did to one of a pair and not to the other. What two executors
+    slow each other down by stays in the comparison: both sides of it trained as many.
+    """
+    beside = zip(slow.samples.step_reference_seconds, fast.samples.step_reference_seconds, strict=False)
+    quotients = tuple(a / b for a, b in beside)
+    has_all = len(quotients) >= len(samples.values)
+    return dataclasses.replace(samples, step_reference_seconds=quotients[: len(samples.values)] if has_all else ())
 
 
 def _samples(

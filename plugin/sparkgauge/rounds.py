@@ -187,7 +187,9 @@ class _Conversation:
         runtime_seconds = elapsed_seconds - pieces
         executors = tuple(self._executor(rank, runtime_seconds) for rank in range(self._job.executors))
         metrics = results[0]["metrics"]
-        curve = _curve([result["curve"] for result in results], self._job)
+        parts = [result["curve"] for result in results]
+        _check_whole_test(parts, self._job)
+        curve = _curve(parts, self._job)
         return Round(
             seed=self._job.seed,
             runtime_seconds=runtime_seconds,
@@ -480,6 +482,24 @@ def _final_accuracy(curve: tuple[CurvePoint, ...], metrics: Mapping[str, float],
             actual=f"{accuracy:g}",
         )
     return accuracy
+
+
+def _check_whole_test(parts: list[list[Message]], job: Job) -> None:
+    """Raise TrainingError where the last test did not count every test image once: its accuracy is no test's."""
+    steps = [point["step"] for point in itertools.chain.from_iterable(parts) if point.get("tested")]
+    if job.test_count is None or not steps:
+        return
+    last = max(steps)
+    counts = [sum(point.get("tested", 0) for point in part if point["step"] == last) for part in parts]
+    if sum(counts) != job.test_count:
+        by_executor = ", ".join(f"{count:,} on executor {rank}" for rank, count in enumerate(counts))
+        raise TrainingError(
+            f"The last test of {job.model!r} was not one of the whole test set",
+            expected=f"{job.test_count:,} images, each counted by one executor",
+            actual=f"{sum(counts):,}: {by_executor}, after step {last}",
+            hint="Call context.record_test on every executor for all of shard.test_batches(); what is measured on "
+            "other images is a metric: return it by name",
+        )
 
 
 def _curve(parts: list[list[Message]], job: Job) -> tuple[CurvePoint, ...]:

@@ -34,6 +34,7 @@ from sparkgauge.records import (
 from sparkgauge.report.progress import Progress
 from sparkgauge.store import (
     DEFAULT_LABEL,
+    QUOTIENT_REFERENCES,
     BaselineStore,
     baseline_of,
     comparable,
@@ -456,6 +457,7 @@ class GaugeSession:
             seed=seed,
             dataset_folder=str(dataset.folder) if local else "",
             train_count=dataset.train_count,
+            test_count=dataset.test_count,
             threads=workload.cores_per_executor,
             loopback=local,
             fn=_portable(workload.fn),
@@ -764,6 +766,8 @@ class TestGauge:
                 where=self.test_id,
             )
         self._speedups[samples.metric] = samples.values  # more rounds of the same
+        if samples.step_reference_seconds:
+            self._speedups[QUOTIENT_REFERENCES[samples.metric]] = samples.step_reference_seconds
         self.session.speedups[self.test_id] = dict(self._speedups)
 
     def _store(self, runs: list[RunRecord]) -> None:

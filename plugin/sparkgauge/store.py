@@ -57,7 +57,11 @@ LABELS_FIELD = "labels"
 REFERENCES = ("step_reference_seconds", "reference_seconds")
 """The reference kernel's time between the steps of a round and before it; the first tells more."""
 
-POSITIVE_METRICS = ("runtime_seconds", "speedup_ratio", "efficiency_ratio", *REFERENCES)
+QUOTIENT_REFERENCES = {"speedup_ratio": "speedup_reference_ratio", "efficiency_ratio": "efficiency_reference_ratio"}
+"""Metrics that are quotients of rounds, and the samples that hold those of the reference kernel's time between their
+steps."""
+
+POSITIVE_METRICS = ("runtime_seconds", *QUOTIENT_REFERENCES, *QUOTIENT_REFERENCES.values(), *REFERENCES)
 """Metrics of which a sample at or below zero was never measured."""
 
 COMPANIONS = (*REFERENCES, "cpu_seconds", "jvm_cpu_seconds", "driver_cpu_seconds")
@@ -231,6 +235,7 @@ def _without_companions(fresh: Baseline, *, of: Baseline) -> Baseline:
     """Return ``fresh`` without what belongs to its own rounds where those of ``of`` stay: another day's machine."""
     kept = {label for label in fresh.executors if sample_key(label, "runtime_seconds") in of.samples}
     companions = {sample_key(label, name) for label in kept for name in COMPANIONS}
+    companions |= {beside for metric, beside in QUOTIENT_REFERENCES.items() if metric in of.samples}
     return dataclasses.replace(
         fresh,
         samples={key: values for key, values in fresh.samples.items() if key not in companions},

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,24 +91,53 @@ def _refuse_dynamic_allocation(url: str, extra: dict[str, str]) -> None:
         del os.environ["PYSPARK_SUBMIT_ARGS"]
 
 
-def test_a_master_that_does_not_answer_is_an_error_that_leaves_nothing() -> None:
-    extra = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
-    spec = ClusterSpec(
+OWN_HOST = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
+
+
+def elsewhere(port: int, **extra: str) -> ClusterSpec:
+    return ClusterSpec(
         1,
         1,
         512,
         sys.executable,
-        master="spark://127.0.0.1:9",
-        extra=extra,
+        master=f"spark://127.0.0.1:{port}",
+        extra={**OWN_HOST, **extra},
         start_timeout_seconds=8,
         stop_timeout_seconds=2,
     )
-    with pytest.raises(
-        ClusterError, match="(?s)got no answer within 8 s, in spark://127.0.0.1:9.*\n.*Failed to connect"
-    ):
-        SparkCluster.start(spec)
-    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
-    assert "SparkSubmit" not in children
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def children() -> str:
+    return subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
+
+
+def test_a_master_that_is_not_there_is_said_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"No Spark master answers: .*127.0.0.1:9: Connection refused") as caught:
+        SparkCluster.start(elsewhere(9))
+    assert "spark://127.0.0.1:9" in str(caught.value) and "correct --gauge-master" in str(caught.value)
+    assert time.monotonic() - began < 5
+
+
+def test_a_master_that_does_not_answer_is_an_error_that_leaves_nothing(silent_port: int) -> None:
+    with pytest.raises(ClusterError, match=f"(?s)got no answer within 8 s, in spark://127.0.0.1:{silent_port}"):
+        SparkCluster.start(elsewhere(silent_port))
+    assert "SparkSubmit" not in children()
+
+
+def test_a_port_that_is_taken_is_one_line(silent_port: int) -> None:
+    taken = {"spark.driver.port": str(silent_port), "spark.port.maxRetries": "0"}
+    with pytest.raises(ClusterError, match="cannot have the port.*Address already in use") as caught:
+        SparkCluster.start(elsewhere(silent_port, **taken))
+    assert "\n" not in str(caught.value)
+    assert "SparkSubmit" not in children()
 
 
 def test_pyspark_without_jars_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

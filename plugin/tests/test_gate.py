@@ -385,6 +385,22 @@ def test_speedup_of_interleaved_rounds_removes_what_they_share() -> None:
     assert (speedup(slow, over=fast) >= baseline).status == "regressed"
 
 
+def test_speedup_is_divided_by_what_the_machine_did_to_one_of_a_pair() -> None:
+    def rounds(*values: float, reference: tuple[float, ...]) -> Trained:
+        return Trained(Measurement(dataclasses.replace(seconds(*values), step_reference_seconds=reference)))
+
+    slow = rounds(20.0, 40.2, 30.0, 20.1, 24.0, 26.1, reference=(1.0, 2.0, 1.5, 1.0, 1.2, 1.3))
+    fast = rounds(10.1, 10.0, 20.0, 15.0, 13.0, 12.1, reference=(1.0, 1.0, 2.0, 1.5, 1.3, 1.2))
+    ratio = speedup(fast, over=slow)
+    assert ratio.samples.step_reference_seconds == pytest.approx((1.0, 2.0, 0.75, 2 / 3, 1.2 / 1.3, 1.3 / 1.2))
+    assert (ratio >= stored(ratio.samples)).status == "match"
+    without = dataclasses.replace(ratio.samples, step_reference_seconds=())
+    assert (ratio >= stored(without)).status == "inconclusive"  # where one side was not timed, neither is divided
+    # twice as slow on the same machine is found through the noise
+    worse = rounds(*(2.0 * one for one in fast.runtime.samples.values), reference=(1.0, 1.0, 2.0, 1.5, 1.3, 1.2))
+    assert (speedup(worse, over=slow) >= stored(ratio.samples)).status == "regressed"
+
+
 def test_speedup_leaves_rounds_without_a_partner_out() -> None:
     slow, fast = Trained(Measurement(seconds(20.0, 20.0))), Trained(Measurement(seconds(10.0, 10.0, 99.0)))
     assert speedup(fast, over=slow).samples.values == (2.0, 2.0)

@@ -22,7 +22,7 @@ from pathlib import Path
 def fit(context, shard):
     for step in context.steps(shard):
         context.record_loss(1.0 * len(step.labels))
-    context.record_test(1, 2)
+    return {"accuracy_fraction": 0.5}
 
 
 def fit_nothing_reported(context, shard):
@@ -45,7 +45,7 @@ def fit_broken(context, shard):
             Path(context.options["raised"]).touch()
             raise ValueError("broken on purpose")
         time.sleep(0.05)
-    context.record_test(1, 2)
+    return {"accuracy_fraction": 0.5}
 
 
 def fit_killed(context, shard):
@@ -53,7 +53,7 @@ def fit_killed(context, shard):
         if context.rank == 0 and step.index == 1:
             os.kill(_executor(), signal.SIGKILL)
         time.sleep(0.05)
-    context.record_test(1, 2)
+    return {"accuracy_fraction": 0.5}
 
 
 def fit_endless(context, shard):

@@ -376,3 +376,21 @@ def test_a_job_that_spark_ended_for_its_own_reasons_quotes_spark(heard: Any, mon
     conversation, _ = heard
     with pytest.raises(TrainingError, match="Spark ended the training job: got java.io.IOException: disk full"):
         conversation.await_results(lambda: True, lambda: "trouble\njava.io.IOException: disk full\n  at x.y(z.java)")
+
+
+def points(*tested: int, step: int = 5) -> list[dict[str, Any]]:
+    return [{"step": step, "tested": count, "correct": 0} for count in tested]
+
+
+def test_a_test_of_a_part_of_the_images_is_no_test() -> None:
+    job: Any = SimpleNamespace(model="custom", test_count=100)
+    rounds._check_whole_test([points(30, 20), points(50)], job)
+    rounds._check_whole_test([points(7, step=2) + points(50), points(50)], job)  # the last one counts
+    rounds._check_whole_test([[], []], job)  # reported as a metric
+    rounds._check_whole_test([points(1), []], SimpleNamespace(model="custom", test_count=None))  # type: ignore[arg-type]
+    with pytest.raises(
+        TrainingError, match="expected 100 images.*got 50: 50 on executor 0, 0 on executor 1, after step 5"
+    ):
+        rounds._check_whole_test([points(50), []], job)
+    with pytest.raises(TrainingError, match="got 200: 100 on executor 0, 100 on executor 1"):
+        rounds._check_whole_test([points(100), points(100)], job)

@@ -86,9 +86,12 @@ class Opponent:
             self.only_there = sorted(there - set(known))
         if tests and len(self._missing) == len(tests):
             why = "; ".join(f"{name}: {text}" for name, text in self._broken.items()) or f"{len(there)} other tests"
-            error = self._error(f"None of the selected tests exists at {self.reference.name}", why)
             self.stop()
-            raise error
+            raise OpponentError(
+                f"None of the selected tests exists at {self.reference.name}",
+                actual=why,
+                hint="Select tests that both sides have, or name a commit that has them (git log --oneline -- FILE)",
+            )
 
     @property
     def not_there(self) -> str:

@@ -57,6 +57,8 @@ class Plan:
     """Updates that were done before, by ``state``."""
     start_name: str = ""
     """The file of ``weights``, for messages."""
+    state_name: str = ""
+    """The file of ``state``, for messages."""
     passes: int = 1
     """Passes in which a global batch is computed, over all executors; their gradients are added."""
     superseded: tuple[str, ...] = ()
@@ -154,6 +156,7 @@ def read_plan(
         weights=None if start is None else start.read_bytes(),
         state=None if state_file is None else state_file.read_bytes(),
         start_name="" if start is None else str(start),
+        state_name="" if state_file is None else str(state_file),
         first_iteration=0 if state is None else state.iteration,
         passes=passes,
         superseded=tuple(name for name in SUPERSEDED if model is None and _is_set(solver.message, name)),

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import site
+import socket
 import sys
 import sysconfig
 import tempfile
@@ -38,6 +39,8 @@ EXTERNAL_GRACE_SECONDS = 5.0
 PROMPT_REGISTRATION_SECONDS = 30.0
 """Where executors come at once or never: a standalone master starts them in seconds on workers that have room, and
 lets an application wait forever for cores and GPUs that nobody has."""
+MASTER_ANSWER_SECONDS = 5.0
+"""A master that takes longer to accept a connection is as good as none."""
 RELAUNCH_TIMEOUT_SECONDS = 30.0
 """A killed executor is back in 3-4 s on a quiet machine."""
 
@@ -75,6 +78,8 @@ class SparkCluster:
     def start(cls, spec: ClusterSpec, progress: Callable[[str], None] = lambda line: None) -> SparkCluster:
         """Return a cluster whose executors have all registered; GaugeError says what is missing, and leaves nothing."""
         refuse_existing_session()
+        if conf.master_kind(spec.master) == "external" and str(spec.master).startswith("spark://"):
+            require_master(str(spec.master))
         java, spark_home = find_java(os.environ), find_spark_home(os.environ, spec)
         cluster = cls(spec, progress)
         try:
@@ -85,7 +90,7 @@ class SparkCluster:
         except Exception as error:
             failure = cluster._start_failure(error)
             cluster.stop()
-            raise failure from error
+            raise failure from None
         except BaseException:
             cluster.stop()
             raise
@@ -330,12 +335,22 @@ class SparkCluster:
         )
 
     def _start_failure(self, error: Exception) -> ClusterError:
+        where = self._standalone.url if self._standalone else self.spec.master
+        reason = _java_reason(_describe(error))
+        if "BindException" in reason:
+            return ClusterError(
+                "Spark's driver cannot have the port it was told to use",
+                actual=reason,
+                where=where,
+                hint="See what listens there (ss -ltnp), or choose other ports: spark.driver.port, "
+                "spark.driver.blockManager.port, spark.ui.port",
+            )
         limit = f"no answer within {self.spec.start_timeout_seconds:g} s"
         console = standalone.tail(self.folder / "logs" / "driver-console.log")
         return ClusterError(
             "Spark's driver did not start",
-            actual=limit if isinstance(error, FutureTimeoutError) else _first_lines(_describe(error)),
-            where=self._standalone.url if self._standalone else self.spec.master,
+            actual=limit if isinstance(error, FutureTimeoutError) else reason,
+            where=where,
             hint=f"{self._log_hint()}\n{console}",
         )
 
@@ -350,6 +365,28 @@ class SparkCluster:
             thread.start()
             thread.join(self.spec.stop_timeout_seconds)
             self.spark = cast("SparkSession", None)
+
+
+def require_master(master: str, timeout_seconds: float = MASTER_ANSWER_SECONDS) -> None:
+    """Raise ClusterError where no standalone master of ``spark://HOST:PORT[,HOST:PORT...]`` takes connections.
+
+    Spark itself would try for a minute and then speak of a stopped session.
+    """
+    refusals = []
+    for address in master.removeprefix("spark://").split(","):
+        host, _, port = address.rpartition(":")
+        try:
+            with socket.create_connection((host, int(port)), timeout_seconds):
+                return
+        except (OSError, OverflowError) as error:  # OverflowError: no port has such a number
+            refusals.append(f"{address}: {getattr(error, 'strerror', None) or error}")
+    raise ClusterError(
+        "No Spark master answers",
+        expected="a running standalone master",
+        actual="; ".join(refusals),
+        where=master,
+        hint="Start it (sbin/start-master.sh), or correct --gauge-master",
+    )
 
 
 def refuse_existing_session() -> None:
@@ -485,6 +522,12 @@ def _describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:  # py4j asks the JVM for the text, which may be gone
         return type(error).__name__
+
+
+def _java_reason(text: str) -> str:
+    """Return what a Java exception says, in one line, out of py4j's report of it; otherwise the first lines."""
+    said = next((line[2:] for line in text.splitlines() if line.startswith(": ")), "")
+    return said.partition("! Consider")[0][:300] or _first_lines(text)
 
 
 def _first_lines(text: str, lines: int = 5) -> str:

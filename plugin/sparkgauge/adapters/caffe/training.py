@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sparkgauge.caffe import weights
 from sparkgauge.caffe.plan import Plan
 from sparkgauge.caffe.sources import ImageShard, IndexShard
 from sparkgauge.context import CURVE_STEPS, Context, Step
-from sparkgauge.errors import ConfigurationError, TrainingError
+from sparkgauge.errors import ConfigurationError, DataError, GaugeError, TrainingError
 from sparkgauge.models.flops import achieved_gflops
 
 
@@ -67,11 +68,33 @@ def make_engine(plan: Plan, context: Context, shard: ImageShard, folder: Path) -
     if plan.engine == "caffe":
         from sparkgauge.adapters.caffe.engine_caffe import CaffeEngine
 
-        return CaffeEngine(plan.solver_message(), *net_messages, **settings)
+        try:
+            return CaffeEngine(plan.solver_message(), *net_messages, **settings)
+        except TrainingError as error:
+            raise _explained(error, plan, net_messages, shard.image_shape) from None
     from sparkgauge.adapters.caffe.engine_torch import TorchEngine
 
     device = "cuda" if context.device == "gpu" else "cpu"
     return TorchEngine(plan.solver_message(), *net_messages, **settings, device=device, where=plan.where)
+
+
+def _explained(error: TrainingError, plan: Plan, nets: Iterable[Any], shape: tuple[int, ...]) -> TrainingError:
+    """Return ``error`` of the real Caffe, whose CHECKs name no layer, with what engine torch says of the same nets."""
+    from sparkgauge.adapters.caffe.net import Net
+
+    for message in nets:
+        try:
+            if message is not None:
+                Net(message, shape, plan.where)
+        except GaugeError as known:
+            return TrainingError(
+                error.summary,
+                actual=f"{error.actual} ({known.summary})",
+                where=known.where,
+                hint=known.hint,
+                traceback_text=error.traceback_text,
+            )
+    return error
 
 
 def _mean(plan: Plan, shard: ImageShard, folder: Path) -> Any:
@@ -93,7 +116,11 @@ def load_start(engine: Engine, plan: Plan, folder: Path) -> None:
     if plan.state is not None:
         path = folder / "start.solverstate"
         path.write_bytes(plan.state)
-        engine.load_state(path)
+        try:
+            engine.load_state(path)
+        except DataError as error:  # of a file that only this process knows
+            parts = {"expected": error.expected, "actual": error.actual, "hint": error.hint}
+            raise DataError(error.summary, **parts, where=plan.state_name or error.where) from None
 
 
 def parts(global_batch: int, passes: int, executors: int, rank: int) -> list[int]:
