@@ -360,6 +360,11 @@ class GaugeConfig:
         """Return whether the plugin starts the cluster itself."""
         return self.master is None
 
+    @property
+    def trains_here(self) -> bool:
+        """Return whether the executors run on this machine, not on a cluster of the user's own."""
+        return self.embedded or str(self.master).startswith("local-cluster")
+
     @classmethod
     def build(
         cls,

@@ -275,8 +275,7 @@ def _check_gpu(config: pytest.Config) -> None:
     from sparkgauge import gpu
 
     gauge = _session(config).config
-    is_here = gauge.embedded or str(gauge.master).startswith("local-cluster")
-    if is_here and not gpu.detect():
+    if gauge.trains_here and not gpu.detect():
         why = f"needs a GPU: {gpu.why_none()}"
         if "gpu" in gauge.required:
             pytest.fail(f"{why} (--gauge-require gpu)", pytrace=False)
@@ -301,7 +300,7 @@ def _fail_on_vanished(session: pytest.Session) -> None:
         return
     try:
         gauge = _session(config)
-        if gauge.runs or gauge.config.embedded:  # the class of somebody else's machines is asked of its executors
+        if gauge.runs or gauge.config.trains_here:  # the class of somebody else's machines is asked of its executors
             config.stash[VANISHED] = vanished_tests(gauge, _collected(config, reporter))
     except GaugeError:
         return  # no Java, a bad folder: nothing is known of this machine's baselines, and nothing was trained

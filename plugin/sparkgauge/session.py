@@ -149,7 +149,7 @@ class GaugeSession:
     @cached_property
     def environment(self) -> Environment:
         """Return what trainings run on: this machine, or the executors' where an existing cluster trains."""
-        if self.config.embedded or str(self.config.master).startswith("local-cluster"):
+        if self.config.trains_here:
             return self.driver_environment
         return self._executors_environment()
 
@@ -391,7 +391,7 @@ class GaugeSession:
     def _preimports(self) -> tuple[str, ...]:
         """Return what executors import ahead: of the frameworks used so far; of all where the master is not ours, since
         its executors cannot be told later."""
-        external = not self.config.embedded and not str(self.config.master).startswith("local-cluster")
+        external = not self.config.trains_here
         wanted = PREIMPORTS if external else sorted(self._frameworks & PREIMPORTS.keys())
         on_gpu = GPU_PREIMPORTS if self._wants_gpus else {}
         return tuple(name for framework in wanted for name in (*PREIMPORTS[framework], *on_gpu.get(framework, ())))
@@ -402,7 +402,7 @@ class GaugeSession:
         Of an existing cluster only their number counts, which Spark finds.
         """
         config, each = self.config, self.config.gpus_per_executor
-        if not config.embedded and not str(config.master).startswith("local-cluster"):
+        if not config.trains_here:
             if each < 1:
                 raise ConfigurationError(
                     "A GPU of an existing cluster cannot be shared",
@@ -603,7 +603,7 @@ class TestGauge:
 
     def _check_gpus(self, workload: Workload) -> None:
         config = self.session.config
-        if not config.embedded and not str(config.master).startswith("local-cluster"):
+        if not config.trains_here:
             return  # the GPUs are elsewhere: Spark's resources tell
         gpu.require(workload.executors, config.gpus_per_executor)
         served = self.session._served()

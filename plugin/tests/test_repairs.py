@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from plugin.tests.processes import lives
-from sparkgauge.adapters.tensorflow import launch, repairs
+from sparkgauge.adapters.tensorflow import launch, repairs, worker
 from sparkgauge.cluster import conf, standalone, watchdog
 from sparkgauge.errors import TrainingError
 from sparkgauge.rounds import run_round
@@ -348,3 +348,19 @@ def test_the_mark_of_our_processes_is_inherited(trainings: Any) -> None:
     """All of the above finds processes by it."""
     assert trainings.cluster.mark.startswith(f"{conf.MARKER_VARIABLE}=")
     assert len(watchdog.marked_processes(trainings.cluster.mark)) >= 7
+
+
+def test_a_worker_waits_for_the_chiefs_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    servers: list[socket.socket] = []
+    later = threading.Timer(0.3, lambda: servers.append(socket.create_server(("127.0.0.1", port))))
+    later.start()
+    began = time.monotonic()
+    worker.await_listener(f"127.0.0.1:{port}", seconds=20)
+    assert 0.2 < time.monotonic() - began < 10
+    later.join()
+    servers[0].close()
+    began = time.monotonic()
+    worker.await_listener(f"127.0.0.1:{port}", seconds=0.2)  # nobody comes: TensorFlow is left to say so
+    assert 0.15 < time.monotonic() - began < 10

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
+import time
 from typing import Any
 
 from sparkgauge import device, executor, gpu
 from sparkgauge.errors import MachineError
 from sparkgauge.job import Job
+
+CHIEF = "chief"
+"""Executor 0's job name: its server is where the others register."""
+CHIEF_SECONDS = 30.0
+"""Given to the chief's server to start, which takes it tenths of a second."""
+POLL_SECONDS = 0.01
 
 
 def main(arguments: dict[str, Job], node: Any) -> None:
@@ -49,9 +57,27 @@ def _strategy(job: Job, node: Any, addresses: tuple[str, ...]) -> Any:
         ) from error
     tf.config.threading.set_intra_op_parallelism_threads(job.threads)
     tf.config.threading.set_inter_op_parallelism_threads(max(1, job.threads // 4))
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=_resolver(tf, node, _gpu_count(tf, job)))
+    resolver = _resolver(tf, node, _gpu_count(tf, job))
+    if node.job_name != CHIEF:
+        await_listener(node.cluster_spec[CHIEF][0])
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
     _check_placement(strategy, job)
     return strategy
+
+
+def await_listener(address: str, seconds: float = CHIEF_SECONDS) -> None:
+    """Return when something listens at ``address`` (HOST:PORT), or after ``seconds``: TensorFlow then says what is wrong.
+
+    A worker that is refused tries again after a whole second.
+    """
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((host, int(port)), seconds).close()
+            return
+        except OSError:
+            time.sleep(POLL_SECONDS)
 
 
 def _resolver(tf: Any, node: Any, gpus: int) -> Any:
