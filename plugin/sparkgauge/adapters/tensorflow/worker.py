@@ -66,7 +66,7 @@ def _strategy(job: Job, node: Any, addresses: tuple[str, ...]) -> Any:
 
 
 def await_listener(address: str, seconds: float = CHIEF_SECONDS) -> None:
-    """Return when something listens at ``address`` (HOST:PORT), or after ``seconds``: TensorFlow then says what is wrong.
+    """Return when something listens at ``address`` (HOST:PORT), or after ``seconds``: TensorFlow then says why not.
 
     A worker that is refused tries again after a whole second.
     """
