@@ -14,7 +14,7 @@ def test_cifar10_quick(trained, baseline):
     assert trained.accuracy >= baseline.accuracy
 
 
-@pytest.mark.usefixtures("second_model")
+@pytest.mark.usefixtures("minutes")
 @pytest.mark.gauge(framework="tensorflow", model="cifar10_tutorial", runtime_margin=MARGIN_PERCENT)
 def test_cifar10_tutorial(trained, baseline):
     assert trained.runtime <= baseline.runtime

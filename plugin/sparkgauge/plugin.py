@@ -71,6 +71,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
             item.add_marker(device)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the terminal's, which asks for the header
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep what is going to run: a stored baseline whose test is not among it may be nobody's any more."""
     session.config.stash[ITEMS] = list(session.items)

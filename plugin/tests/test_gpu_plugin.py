@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,22 @@ def test_with_one_the_test_runs(run, pytester: pytest.Pytester, monkeypatch: pyt
     result = run("-m", "gpu")
     result.assert_outcomes(skipped=1, deselected=1)
     result.stdout.fnmatch_lines(["*CUDA_VISIBLE_DEVICES='-1' hides all GPUs"])
+
+
+def test_a_session_has_as_many_executors_as_its_gpus_serve(
+    run: Any, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = pytester.path / "gpus.json"
+    listing.write_text(json.dumps([{"name": "A card", "uuid": "GPU-0"}]))
+    monkeypatch.setenv(nvml.PLAYED_VARIABLE, str(listing))
+    pytester.makepyfile(
+        test_trained="""
+        import pytest
+
+        @pytest.mark.gauge(framework="torch", model="cifar10_quick", device="gpu")
+        def test_on_gpu(trained):
+            assert trained.workload.executors == 1  # nothing is trained until somebody looks
+        """
+    )
+    result = run("test_trained.py", "--setup-only")
+    result.stdout.fnmatch_lines(["sparkgauge: profile ci, embedded cluster, 1 executor x *"])
