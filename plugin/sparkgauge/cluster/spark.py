@@ -271,7 +271,8 @@ class SparkCluster:
     def _hosts(self) -> dict[str, str]:
         listed = self._context.statusStore().executorList(True)
         items = [listed.apply(index) for index in range(listed.size())]
-        return {item.id(): item.hostPort().rpartition(":")[0] for item in items}
+        # an executor's port is known a moment after its host
+        return {item.id(): item.hostPort().rpartition(":")[0] or item.hostPort() for item in items}
 
     def _open_session(self, gateway: Any, settings: Any) -> SparkSession:
         from pyspark import SparkContext
