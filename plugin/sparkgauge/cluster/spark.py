@@ -161,11 +161,16 @@ class SparkCluster:
     def warm(self, count: int) -> float:
         """Return the seconds of a trivial job on ``count`` executors at once; Python daemons are up afterwards.
 
+        ClusterError within seconds where other work holds their slots.
+
         Executors that stand by take part: any of them may get a round's task.
         """
+        from sparkgauge.adapters.barrier import await_slots
+
         started = time.perf_counter()
         count += self.spec.spares
         self.wait_for_executors(count)
+        await_slots(self.spark.sparkContext, count)
         numbers = self.spark.sparkContext.parallelize(range(count), count)
         try:
             numbers.barrier().mapPartitions(_echo).collect()
