@@ -728,10 +728,8 @@ class TestGauge:
     def _read(self, path: Path) -> Baseline | None:
         try:
             stored = self.session.store.read(path)
-        except NewerBaselineError:
-            raise
-        except BaselineError:
-            if self.session.config.update == "all":
+        except BaselineError as error:
+            if self._replaces(error):
                 return None  # about to be replaced, readable or not
             raise
         if stored is not None and stored.test_id != self.test_id:
@@ -794,6 +792,10 @@ class TestGauge:
         self.session.written.append(path)
         self.session.replacements.append(replacement)
 
+    def _replaces(self, error: BaselineError) -> bool:
+        """Return whether this session writes over a file that cannot be read for this reason."""
+        return self.session.config.update == "all" and not isinstance(error, NewerBaselineError)
+
     def _not_written(self, error: BaselineError) -> None:
         """Take back what the verdicts say: nothing was generated."""
         told = {
@@ -808,10 +810,8 @@ class TestGauge:
         """Return what to write: with ``new`` what the stored one lacks, with ``all`` the next generation of it."""
         try:
             stored = self.session.store.read(path)
-        except NewerBaselineError:
-            raise
         except BaselineError as error:
-            if self.session.config.update != "all":
+            if not self._replaces(error):
                 raise
             return baselines.Replacement(path, None, fresh, f"the old file's history is lost: {error}")
         if stored is None or self.session.config.update == "all":

@@ -111,7 +111,9 @@ def test_a_folder_keeps_the_last_two_and_nothing_half_written(tmp_path: Path) ->
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "step-000000001.npz").mkdir()
-    with pytest.raises(DataError, match="Cannot write a checkpoint: .*got Is a directory"):
+    with pytest.raises(
+        DataError, match="Cannot write a checkpoint: expected a folder that .* executors run, got Is a directory"
+    ):
         Folder(tmp_path).write("step-000000001.npz", b"1")
     assert os.listdir(tmp_path) == ["step-000000001.npz"]
 

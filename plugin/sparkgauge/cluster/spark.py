@@ -212,6 +212,11 @@ class SparkCluster:
         return self.spec.executors + self.spec.spares
 
     @property
+    def _where(self) -> str:
+        """Return the master's URL, for messages."""
+        return self._standalone.url if self._standalone else str(self.spec.master)
+
+    @property
     def _context(self) -> Any:
         return self.spark.sparkContext._jsc.sc()
 
@@ -240,8 +245,7 @@ class SparkCluster:
     def _registration_seconds(self) -> float:
         """Return how long executors may take; YARN and Kubernetes queue them, and fetch images for them."""
         limit = self.spec.start_timeout_seconds
-        master = self._standalone.url if self._standalone else str(self.spec.master)
-        is_prompt = self.kind == "external" and (master.startswith("spark://") or bool(self.spec.gpus))
+        is_prompt = self.kind == "external" and (str(self.spec.master).startswith("spark://") or bool(self.spec.gpus))
         return min(limit, PROMPT_REGISTRATION_SECONDS) if is_prompt else limit
 
     def _driver_environment(self, java: Java, spark_home: Path) -> dict[str, str | None]:
@@ -336,18 +340,17 @@ class SparkCluster:
             "Too few Spark executors",
             expected=f"{wanted} executors",
             actual=f"{available} that the cluster {how}" if how == "has" else f"{available} that {how}",
-            where=self._standalone.url if self._standalone else self.spec.master,
+            where=self._where,
             hint=hint,
         )
 
     def _start_failure(self, error: Exception) -> ClusterError:
-        where = self._standalone.url if self._standalone else self.spec.master
         reason = _java_reason(_describe(error))
         if "BindException" in reason:
             return ClusterError(
                 "Spark's driver cannot have the port it was told to use",
                 actual=reason,
-                where=where,
+                where=self._where,
                 hint="See what listens there (ss -ltnp), or choose other ports: spark.driver.port, "
                 "spark.driver.blockManager.port, spark.ui.port",
             )
@@ -356,7 +359,7 @@ class SparkCluster:
         return ClusterError(
             "Spark's driver did not start",
             actual=limit if isinstance(error, FutureTimeoutError) else reason,
-            where=where,
+            where=self._where,
             hint=f"{self._log_hint()}\n{console}",
         )
 
