@@ -48,8 +48,12 @@ def failure(trainings: Any, function: Any, **keywords: Any) -> TrainingError:
     with pytest.raises(TrainingError) as caught:
         trainings.run_in_session(function, **keywords)
     assert standalone.wait_until(lambda: not trainings.cluster._task_processes(), 5)  # killed ones take a moment to go
-    assert not [one for one in threading.enumerate() if one.name == "sparkgauge-reservations" and one.is_alive()]
+    assert standalone.wait_until(lambda: not _reservation_threads(), 5)  # a closed socket wakes its thread, later
     return caught.value
+
+
+def _reservation_threads() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "sparkgauge-reservations"]
 
 
 def raise_beside_a_sleeper(context: Any, shard: Any) -> None:
