@@ -140,7 +140,11 @@ def test_a_batch_smaller_than_the_executors_is_refused(tmp_path: Path) -> None:
     ("net", "solver", "message"),
     [
         (NET, SOLVER.replace("max_iter: 40", "max_iter 40"), r"Malformed prototxt.*small_solver.prototxt:9"),
-        (NET.replace("stride: 3", "stride: three"), SOLVER, r"Malformed prototxt.*net.prototxt:15"),
+        (
+            NET.replace("stride: 3", "stride: three"),
+            SOLVER,
+            r"Malformed prototxt: expected a value of type integer, got three, in .*net.prototxt:15",
+        ),
         (NET.rstrip().removesuffix("}"), SOLVER, r"Malformed prototxt.*end of the file.*net.prototxt"),
         (
             NET.replace('"ReLU"', '"Relu"'),
@@ -187,7 +191,9 @@ def test_a_mean_of_another_shape_is_refused(tmp_path: Path) -> None:
     found = workload(tmp_path).plan
     assert found is not None
     plan.check_mean(found, (3, 32, 31))
-    with pytest.raises(DataError, match="Mean image of another shape: expected 3x32x32, got 3x32x31.*mean.binaryproto"):
+    with pytest.raises(
+        DataError, match="Mean image of another shape: expected 3x32x32, got 3x32x31.*mean.binaryproto.*prototxt:"
+    ):
         plan.check_mean(found, (3, 32, 32))
 
 
@@ -216,13 +222,20 @@ def test_databases_are_decoded_once_and_again_when_they_change(tmp_path: Path) -
     assert lmdb_data.pair(Path(found.train), Path(found.test)).key != found.key
 
 
-def test_a_truncated_database_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (5000, "Truncated or damaged LMDB.*train_lmdb"),
+        (0, "Empty file: expected Caffe's records, got 0 bytes, in .*train_lmdb"),
+    ],
+)
+def test_a_truncated_database_is_refused_and_nothing_is_left(tmp_path: Path, size: int, said: str) -> None:
     database_plan(tmp_path)
     file = tmp_path / "train_lmdb" / "data.mdb"
-    file.write_bytes(file.read_bytes()[:5000])
+    file.write_bytes(file.read_bytes()[:size])
     found = read_plan(tmp_path / "small_solver.prototxt").lmdb
     assert found is not None
-    with pytest.raises(GaugeError, match="Truncated or damaged LMDB.*train_lmdb"):
+    with pytest.raises(GaugeError, match=said):
         lmdb_data.prepare(found, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 

@@ -115,7 +115,9 @@ def check_mean(plan: Plan, shape: tuple[int, int, int]) -> None:
     actual = weights.decode_mean(plan.mean, plan.mean_name).shape
     if actual != shape:
         expected, found = ("x".join(map(str, one)) for one in (shape, actual))
-        raise DataError("Mean image of another shape", expected=expected, actual=found, where=plan.mean_name)
+        layer = data_layer(plan.net_messages()[0])
+        where = f"{plan.mean_name}, the mean_file of {plan.where(layer.name)}"
+        raise DataError("Mean image of another shape", expected=expected, actual=found, where=where)
 
 
 def read_plan(

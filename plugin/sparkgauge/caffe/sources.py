@@ -110,6 +110,9 @@ def read_lmdb(folder: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     lmdb, path = _lmdb(), Path(folder)
     if not path.is_dir() or not (path / "data.mdb").is_file():
         raise DataError("No LMDB here", expected="a folder with data.mdb", where=str(path))
+    if not (path / "data.mdb").stat().st_size:
+        expected, hint = "Caffe's records", "Make it again from its images."
+        raise DataError("Empty file", expected=expected, actual="0 bytes", where=str(path / "data.mdb"), hint=hint)
     images: list[Any] = []
     labels: list[int] = []
     _check_readable(path)

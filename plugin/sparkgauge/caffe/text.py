@@ -80,9 +80,24 @@ def suggestion(name: str, allowed: Any) -> str:
 
 
 def _bad_value(error: Any, file: str) -> ConfigurationError:
-    reason = re.sub(r"^(\d+:\d+ : )?('.*?': )?", "", str(error), flags=re.DOTALL)
+    reason = re.sub(r"^(\d+:\d+ : )?('.*?': )?", "", str(error), flags=re.DOTALL).rstrip(".")
     line = error.GetLine()
-    return ConfigurationError("Malformed prototxt", actual=reason, where=f"{file}:{line}" if line else file)
+    where = f"{file}:{line}" if line else file
+    for pattern, expected in _REASONS.items():
+        if found := re.fullmatch(pattern, reason, re.DOTALL):
+            return ConfigurationError(
+                "Malformed prototxt", expected=found.expand(expected), actual=found["actual"], where=where
+            )
+    return ConfigurationError(f"Malformed prototxt: {reason}", where=where)
+
+
+_REASONS = {
+    r"Couldn't parse (?P<kind>\w+): (?P<actual>.*)": r"a value of type \g<kind>",
+    r"Value out of range: (?P<actual>.*)": "a number in the field's range",
+    r"Expected (?P<kind>\w+) but found: (?P<actual>.*)": r"a value of type \g<kind>",
+    r'Enum type "caffe\.(?P<kind>\w+)" has no value named (?P<actual>.*)': r"a name of \g<kind>",
+}
+"""What protobuf's parser says, and what it expected then."""
 
 
 class _Scanner:

@@ -22,18 +22,21 @@ Reduce = Callable[[Any], None]
 """Sums one flat float32 buffer over all executors, in place, and returns when it is done."""
 
 
-def check_mean_values(values: Sequence[float], channels: int) -> None:
+def check_mean_values(values: Sequence[float], channels: int, where: str) -> None:
     """Raise ConfigurationError where a data layer's mean_value is given neither once nor for every channel."""
     if values and len(values) not in (1, channels):
-        raise ConfigurationError("mean_value does not fit", expected=f"1 or {channels}", actual=str(len(values)))
+        raise ConfigurationError(
+            "mean_value does not fit", expected=f"1 or {channels}", actual=str(len(values)), where=where
+        )
 
 
-def check_labels(labels: Any, classes: int) -> None:
+def check_labels(labels: Any, classes: int, where: str) -> None:
     """Raise DataError for labels (array or tensor) that a net of so many classes has no output for; 0: any will do."""
     if len(labels) and classes and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
         actual = f"{int(labels.min())} to {int(labels.max())}"
         hint = "Give the layer below the loss as many outputs as there are classes, or correct the labels."
-        raise DataError("labels do not fit the net", expected=f"0 to {classes - 1}", actual=actual, hint=hint)
+        expected = f"0 to {classes - 1}"
+        raise DataError("labels do not fit the net", expected=expected, actual=actual, where=where, hint=hint)
 
 
 def finite(loss: float, iteration: int) -> float:

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from sparkgauge.adapters.caffe.engine import (
     finite,
 )
 from sparkgauge.caffe import text, weights
-from sparkgauge.caffe.net import DATA_TYPES
+from sparkgauge.caffe.net import DATA_TYPES, data_layer
 from sparkgauge.errors import ConfigurationError, DataError, MachineError, TrainingError
 
 TEST_BATCH = 100
@@ -77,18 +77,20 @@ class CaffeEngine:
         device: str = "cpu",
         threads: int = 1,
         rank: int = 0,
+        where: Callable[[str], str] = str,
     ) -> None:
         """Start Caffe's process; ``batch`` is this executor's images of one pass."""
         require()
         if device != "cpu":
             raise ConfigurationError("Engine caffe", expected="device cpu", actual=device, hint="Use engine torch.")
         self.iteration = 0
-        self._shape, self._batch, self._mean = input_shape, batch, mean
+        self._shape, self._batch, self._mean, self._where = input_shape, batch, mean, where
         self._iter_size = max(int(solver.iter_size), 1)
         self._transforms = {"TRAIN": _transform(train_net), "TEST": _transform(test_net)}
-        for transform in self._transforms.values():
+        for transform, net in zip(self._transforms.values(), (train_net, test_net), strict=True):
             _check_mean(transform, mean, input_shape)
-            check_mean_values(transform[1], input_shape[0])
+            layer = None if net is None else data_layer(net)
+            check_mean_values(transform[1], input_shape[0], "" if layer is None else where(layer.name))
         self._folder = Path(tempfile.mkdtemp(prefix="sparkgauge-caffe-"))
         try:
             self._process = _Process(self._folder, threads)
@@ -118,7 +120,7 @@ class CaffeEngine:
             rank=rank,
         )
         self._shapes: list[tuple[str, list[list[int]]]] = answer["shapes"]
-        self._classes: dict[str, int] = answer["classes"]
+        self._classes: dict[str, tuple[int, str]] = answer["classes"]
         self._flat = self._process.flat()
 
     def parameters(self) -> Arrays:
@@ -242,7 +244,8 @@ class CaffeEngine:
 
     def _rows(self, images: Images, labels: Labels, phase: str) -> NDArray[np.float32]:
         """Return one row per image, transformed as the net's data layer would, its label last: (b, c * h * w + 1)."""
-        check_labels(labels, self._classes[phase])  # Caffe would read beyond its memory
+        classes, layer = self._classes[phase]
+        check_labels(labels, classes, self._where(layer))  # Caffe would read beyond its memory
         scale, values, subtracts = self._transforms[phase]
         pixels = np.ascontiguousarray(images, np.float32).reshape(len(images), *self._shape)
         if subtracts and self._mean is not None:

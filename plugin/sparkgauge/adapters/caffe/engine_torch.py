@@ -73,7 +73,7 @@ class TorchEngine:
         self._solver = build_solver(solver, self._parameters)
         self._rate = torch.zeros((), device=device)
         self._generator = torch.Generator(device).manual_seed(seed * 1_000_003 + rank)
-        self._inputs = {net: _Transform(net.message, mean, input_shape, device) for net in self._nets()}
+        self._inputs = {net: _Transform(net.message, mean, input_shape, device, where) for net in self._nets()}
         self._data: tuple[Any, Any] | None = None
         self._graphs: dict[tuple[int, bool], Replayed] = {}
 
@@ -294,18 +294,21 @@ class TorchEngine:
         if tuple(images.shape) != (len(labels), *self._input_shape):
             expected = f"{len(labels)} x {self._input_shape}"
             raise DataError("images do not fit the net", expected=expected, actual=str(images.shape))
-        check_labels(labels, self._net.classes())
+        classes, layer = self._net.classes()
+        check_labels(labels, classes, self._where(layer))
 
 
 class _Transform:
     """The data layer's ``transform_param``: (pixel - mean) * scale."""
 
-    def __init__(self, message: Any, mean: NDArray[Any] | None, shape: Shape, device: str) -> None:
+    def __init__(
+        self, message: Any, mean: NDArray[Any] | None, shape: Shape, device: str, where: Callable[[str], str]
+    ) -> None:
         layer = data_layer(message)
         p = layer.transform_param if layer is not None else None
         self._scale = float(p.scale) if p is not None else 1.0
         values = list(p.mean_value) if p is not None else []
-        check_mean_values(values, shape[0])
+        check_mean_values(values, shape[0], where(layer.name) if layer is not None else "")
         if mean is not None and tuple(mean.shape) != tuple(shape):
             raise DataError("the mean does not fit the images", expected=str(shape), actual=str(mean.shape))
         self._mean: Tensor | None = None

@@ -113,10 +113,10 @@ class Net:
         self.operations = list(_with_releases(self.operations))
         self.losses = [op for op in self.operations if isinstance(op.layer, SoftmaxWithLoss)]
 
-    def classes(self) -> int:
-        """Return how many classes the labels can name; the smallest where several layers take labels."""
-        sizes = [op.layer.bottoms[0][0] for op in self.operations if op.layer.inputs == 2]
-        return min(sizes, default=0)
+    def classes(self) -> tuple[int, str]:
+        """Return how many classes the labels can name and the layer that says so; the fewest of several, 0 of none."""
+        sizes = [(op.layer.bottoms[0][0], op.layer.name) for op in self.operations if op.layer.inputs == 2]
+        return min(sizes, default=(0, ""))
 
     def share(self, other: Net) -> None:
         """Take the weights of the equally named layers of ``other``; a layer with weights that it lacks is an error."""

@@ -54,8 +54,9 @@ class Worker:
         shapes = {name: [list(blob.data.shape) for blob in found] for name, found in self._solver.net.params.items()}
         return {"shapes": list(shapes.items()), "classes": {phase: self._classes(phase) for phase in self._nets}}
 
-    def _classes(self, phase: str) -> int:
-        """Return how many classes labels can name: the fewest outputs of a blob that goes into a layer beside them."""
+    def _classes(self, phase: str) -> tuple[int, str]:
+        """Return how many classes labels can name, the fewest outputs of a blob that goes into a layer beside them, and
+        the layer's name."""
         net, labels = self._nets[phase], set(self._tops[phase][1:])
         found = []
         for index, layer in enumerate(net.layers):
@@ -63,8 +64,9 @@ class Worker:
             if layer.type == "Split" and bottoms[0] in labels:
                 labels.update(net._blob_names[blob] for blob in net._top_ids(index))
             elif labels.intersection(bottoms):
-                found += [net.blobs[name].channels for name in bottoms if name not in labels]
-        return min(found, default=0)
+                layer_name = net._layer_names[index]
+                found += [(net.blobs[name].channels, layer_name) for name in bottoms if name not in labels]
+        return min(found, default=(0, ""))
 
     def step(self, parts: list[int], global_batch: int) -> dict[str, Any]:
         """Return the loss after one update with micro-batches of ``parts`` images; none is a zero gradient."""

@@ -69,7 +69,7 @@ def make_engine(plan: Plan, context: Context, shard: ImageShard, folder: Path) -
         from sparkgauge.adapters.caffe.engine_caffe import CaffeEngine
 
         try:
-            return CaffeEngine(plan.solver_message(), *net_messages, **settings)
+            return CaffeEngine(plan.solver_message(), *net_messages, **settings, where=plan.where)
         except TrainingError as error:
             raise _explained(error, plan, net_messages, shard.image_shape) from None
     from sparkgauge.adapters.caffe.engine_torch import TorchEngine
