@@ -25,8 +25,8 @@ MEMORY_BYTES = {"cpu": 96 * 2**20, "gpu": 2**30}
 def of_executors(spark_context: Any, executors: int, threads: int, device: str) -> Ceiling | None:
     """Return the sum over ``executors``, all measured at once with ``threads`` threads each.
 
-    None where a GPU cannot be measured for want of a PyTorch that can use it. TrainingError where Spark cannot run the
-    job.
+    None where one of them cannot be measured for want of a library that works there. TrainingError where Spark cannot
+    run the job.
     """
     numbers = spark_context.parallelize(range(executors), executors)
     try:
@@ -62,7 +62,10 @@ def achieved_gflops(run: RunRecord) -> float | None:
 
 def _on_executor(threads: int, device: str, _: int) -> tuple[float, float] | None:
     """Return GFLOP/s and GB/s of this executor; None where they cannot be measured."""
-    return _on_gpu() if device == "gpu" else _on_cpu(threads)
+    try:
+        return _on_gpu() if device == "gpu" else _on_cpu(threads)
+    except Exception:  # a library that is broken or another than the driver's: the training names it, and its executor
+        return None
 
 
 def _on_cpu(threads: int) -> tuple[float, float]:

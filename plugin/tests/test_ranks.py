@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +59,12 @@ def test_without_a_ceiling_or_counted_work_less_is_said() -> None:
     run = make_run(rounds=(_round(),))
     assert limit_lines(run) == ["test_file.py::test_a: 103.8 GFLOP/s"] and ceiling.ceiling_fraction(run) is None
     assert limit_lines(replace(run, workload={**run.workload, "model": "custom"})) == []
+
+
+def test_a_broken_library_has_no_ceiling_and_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training that follows says what is wrong, on which executor."""
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    assert ceiling._on_executor(1, "cpu", 0) is None
 
 
 def test_the_ceiling_survives_the_record() -> None:
