@@ -24,7 +24,8 @@ import numpy as np
 from scipy import special
 from scipy import stats as scipy_stats
 
-from sparkgauge import records, stats
+from sparkgauge import records, selfcheck, stats
+from sparkgauge.gate import Policy
 from sparkgauge.stats import robust
 
 MARGIN, ALPHA = 0.05, 0.01
@@ -36,6 +37,8 @@ BLOCK_PAIRS = 20
 ROUND_STEPS = 5
 """Steps in a stored round: a round of seconds."""
 STORED_ROUNDS = 8
+SESSION_ROUNDS, SESSION_MOST_ROUNDS, SESSION_MARGINS = 5, 8, (0.10, 0.15)
+"""Of profile ci: planned rounds, rounds while undecided, the default margin and the suite's own."""
 PHASES = {"launch": 0.08, "feed": 0.05, "compute": 0.55, "sync": 0.22, "evaluate": 0.10}
 EFFECTS = (0.0, 0.05, 0.10, 0.20)
 SPARK_BLOCK_PAIRS = 5
@@ -226,6 +229,28 @@ def _starts(one: int, two: int, same: bool, rows: int, generator: np.random.Gene
     second = generator.integers(0, two - STORED_ROUNDS + 1, size=8 * rows)
     apart = np.abs(first - second) >= STORED_ROUNDS if same else np.ones(8 * rows, dtype=bool)
     return first[apart][:rows], second[apart][:rows]
+
+
+def session_rows(trace: Trace, rows: int) -> Iterator[tuple[Row, dict[str, float]]]:
+    """Yield rates of a session's own rule, with its looks, and the share that stays undecided with nothing changed."""
+    beside = trace.columns["step_reference_seconds"]
+    for margin in SESSION_MARGINS:
+        for rule, references in (("with the kernel between the steps", beside), ("without a kernel", ())):
+            found = selfcheck.calibrate_stored(
+                trace.columns["wall_seconds"],
+                Policy(runtime_margin_fraction=margin),
+                rounds=SESSION_ROUNDS,
+                most_rounds=SESSION_MOST_ROUNDS,
+                resamplings=rows,
+                references=references,
+            )
+            what = f"a session's rounds, margin {margin:.0%}"
+            powers = [found.found[f"{effect:g}"].fraction for effect in EFFECTS[1:]]
+            rounds = (found.rounds_unchanged, found.rounds_slower["0.05"])
+            yield (
+                Row(trace.name, what, rule, found.false_positives.fraction, *powers, *rounds),
+                {f"{trace.name}, {what}, {rule}: undecided with nothing changed": found.undecided.fraction},
+            )
 
 
 def few_rounds(rows: int) -> dict[str, float]:
@@ -445,6 +470,10 @@ def evaluate(traces: list[Trace], rows: int) -> tuple[list[Row], dict[str, float
         table += stored_rows(trace.name, trace, trace, rows, 200 + number)
         table += history_rows(trace, rows, 400 + number)
         figures |= coverage(trace, rows)
+        if "step_reference_seconds" in trace.columns:
+            for row, undecided in session_rows(trace, max(200, rows // 2)):
+                table.append(row)
+                figures |= undecided
         if trace.is_spark:
             figures |= real_phase_naming(trace, 20, max(200, rows // 8))
             continue

@@ -17,7 +17,15 @@ from sparkgauge import stats
 from sparkgauge.errors import ConfigurationError, NotMeasuredError
 from sparkgauge.records import Baseline, RunRecord, Status, Verdict
 from sparkgauge.stats import Better, Interval, Scale
-from sparkgauge.store import DEFAULT_LABEL, QUOTIENT_REFERENCES, REFERENCES, run_samples, sample_key
+from sparkgauge.store import (
+    DEFAULT_LABEL,
+    QUOTIENT_REFERENCES,
+    QUOTIENT_WAITING,
+    REFERENCES,
+    WAITING,
+    run_samples,
+    sample_key,
+)
 
 METRICS: dict[str, tuple[str, Better]] = {
     "runtime_seconds": ("s", "lower"),
@@ -102,6 +110,8 @@ class Samples:
     step_reference_seconds: tuple[float, ...] = ()
     """The usual time of its pieces between the steps of each round; empty likewise. Of a quotient the quotient, which
     is no time."""
+    waiting_ratios: tuple[float, ...] = ()
+    """How many times longer each round took for want of free cores; empty likewise, a quotient likewise."""
 
     def __post_init__(self) -> None:
         if (self.unit == "fraction") != (unit_of(self.metric) == "fraction"):
@@ -396,7 +406,7 @@ def judge(measurement: Measurement, quantity: BaselineQuantity) -> Verdict:
     elif quantity.samples is None or quantity.policy.update == "all":
         verdict = _without_comparison(candidate, quantity)
     else:
-        verdict = _settle(measurement, quantity.policy, partial(_against_baseline, measurement, quantity))
+        verdict = _settle(measurement, quantity.policy, partial(against_baseline, measurement, quantity))
     if verdict.status == "regressed" and quantity.where is not None and _is_of_time(verdict.metric):
         verdict = dataclasses.replace(verdict, where=quantity.where())
     return _announce(measurement, verdict, quantity.observer)
@@ -485,15 +495,8 @@ def format_interval(interval: Interval, unit: str) -> str:
 
 
 def _settle(measurement: Measurement, policy: Policy, look: Callable[[float], Verdict]) -> Verdict:
-    """Return the verdict, taking more rounds while it is open, with the error probability spent over the looks."""
-    looks, confidence = 1, policy.confidence
-    if measurement.more:
-        confidence = stats.confidence_at_look(policy.confidence, looks)
-    verdict = look(confidence)
-    while verdict.status == "inconclusive" and _grown(measurement) is not None:
-        looks += 1
-        confidence = stats.confidence_at_look(policy.confidence, looks)
-        verdict = look(confidence)
+    """Return the verdict, taking more rounds while it is open."""
+    verdict, confidence = look_until_decided(measurement, policy, look)
     if verdict.status == "regressed":
         share = (1.0 - confidence) / (1.0 - policy.confidence)
         return dataclasses.replace(
@@ -503,6 +506,29 @@ def _settle(measurement: Measurement, policy: Policy, look: Callable[[float], Ve
         # the assert holds so that the test's other asserts are reached; the plugin then reports the test as skipped
         return dataclasses.replace(verdict, passed=True)
     return verdict
+
+
+def look_until_decided(
+    measurement: Measurement, policy: Policy, look: Callable[[float], Verdict]
+) -> tuple[Verdict, float]:
+    """Return the first verdict that is not open, or the last one, and the confidence of its look.
+
+    While it is open more rounds are taken, as far as the measurement can; the error probability is spent over the
+    looks. A look at rounds that turn out to be the last spends all that is left: deciding twice on the same rounds errs
+    no more often than the laxer of both decisions.
+    """
+    left = 1.0 - policy.confidence
+    spent = left * stats.LOOK_SHARE if measurement.more else left
+    verdict = look(confidence := 1.0 - spent)
+    while verdict.status == "inconclusive" and measurement.more:
+        if _grown_to(measurement, stats.next_look(len(measurement.samples.values))):
+            left -= spent
+            spent = left * stats.LOOK_SHARE
+            verdict = look(confidence := 1.0 - spent)
+        else:
+            verdict = look(confidence := 1.0 - left)
+            break
+    return verdict, confidence
 
 
 LEAST_P = 1e-12
@@ -530,6 +556,14 @@ def _excludes_no_change(verdict: Verdict) -> bool:
     return bound > none if verdict.better == "lower" else bound < none
 
 
+def _grown_to(measurement: Measurement, count: int) -> bool:
+    """Return whether the measurement took any more rounds on the way to ``count``."""
+    before = len(measurement.samples.values)
+    while len(measurement.samples.values) < count and _grown(measurement) is not None:
+        pass
+    return len(measurement.samples.values) > before
+
+
 def _grown(measurement: Measurement) -> Samples | None:
     """Return all samples after one more round, which the measurement keeps; None when no more can be taken."""
     samples = measurement.more() if measurement.more is not None else None
@@ -543,7 +577,8 @@ def _grown(measurement: Measurement) -> Samples | None:
     return samples
 
 
-def _against_baseline(measurement: Measurement, quantity: BaselineQuantity, confidence: float) -> Verdict:
+def against_baseline(measurement: Measurement, quantity: BaselineQuantity, confidence: float) -> Verdict:
+    """Return the verdict of one look at ``measurement`` against a usable baseline."""
     candidate, stored, policy = measurement.samples, quantity.samples, quantity.policy
     assert stored is not None
     margin = policy.margin_for(candidate.metric) if quantity.margin is None else quantity.margin
@@ -581,6 +616,7 @@ def _decision(
             candidate.values,
             *references,
             between_steps=between_steps,
+            waiting=_waiting(stored, candidate),
             margin=margin,
             alpha=1.0 - confidence,
             better=candidate.better,
@@ -610,6 +646,12 @@ def _references(stored: Samples, candidate: Samples) -> tuple[Sequence[float] | 
     return [1.0 / one for one in sides[0]], [1.0 / one for one in sides[1]], between_steps
 
 
+def _waiting(stored: Samples, candidate: Samples) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Return how much longer both sides took for want of free cores; None where that is not known of both."""
+    sides = stored.waiting_ratios, candidate.waiting_ratios
+    return sides if all(sides) and _feels_machine(candidate.metric) else None
+
+
 def _is_of_time(metric: str) -> bool:
     """Return whether a slower machine alone would change the metric: a time, or a rate of images."""
     return metric.endswith("_seconds") or metric == "images_per_second"
@@ -626,10 +668,15 @@ def _with_references(
     """Return ``samples`` with the reference kernel's times of the same rounds, as far as there are any."""
     if not _feels_machine(samples.metric):
         return samples
-    names = (QUOTIENT_REFERENCES[samples.metric], "") if samples.metric in QUOTIENTS else REFERENCES
+    metric = samples.metric
+    names = (*REFERENCES, WAITING)
+    if metric in QUOTIENTS:
+        names = (QUOTIENT_REFERENCES[metric], "", QUOTIENT_WAITING[metric])
     found = (available.get(sample_key(label, name), ()) for name in names)
-    between, before = (times if len(times) == len(samples.values) else () for times in found)
-    return dataclasses.replace(samples, step_reference_seconds=between, reference_seconds=before)
+    between, before, waiting = (values if len(values) == len(samples.values) else () for values in found)
+    return dataclasses.replace(
+        samples, step_reference_seconds=between, reference_seconds=before, waiting_ratios=waiting
+    )
 
 
 def _by_seed(stored: Samples, candidate: Samples) -> tuple[Sequence[float], Sequence[float], bool]:
@@ -693,10 +740,17 @@ def _with_quotients(samples: Samples, fast: Measurement, slow: Measurement) -> S
     Dividing by them takes out what the machine's speed did to one of a pair and not to the other. What two executors
     slow each other down by stays in the comparison: both sides of it trained as many.
     """
-    beside = zip(slow.samples.step_reference_seconds, fast.samples.step_reference_seconds, strict=False)
-    quotients = tuple(a / b for a, b in beside)
-    has_all = len(quotients) >= len(samples.values)
-    return dataclasses.replace(samples, step_reference_seconds=quotients[: len(samples.values)] if has_all else ())
+    count = len(samples.values)
+
+    def quotients(of: Callable[[Samples], tuple[float, ...]]) -> tuple[float, ...]:
+        found = tuple(a / b for a, b in zip(of(slow.samples), of(fast.samples), strict=False))
+        return found[:count] if len(found) >= count else ()
+
+    return dataclasses.replace(
+        samples,
+        step_reference_seconds=quotients(lambda one: one.step_reference_seconds),
+        waiting_ratios=quotients(lambda one: one.waiting_ratios),
+    )
 
 
 def _samples(

@@ -109,6 +109,17 @@ def process_cpu_seconds(pid: int, root: Path = _ROOT) -> float | None:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if len(words) > 12 else None
 
 
+def waited_seconds(root: Path = _ROOT) -> float | None:
+    """Return how long this process's threads together were ready to run and had no core; None where it is not counted.
+
+    The kernel's run-queue delay of the threads that are alive: what other processes of this machine took. Time that
+    the machine itself did not get (steal) is not in it.
+    """
+    found = [_read(path).split() for path in (root / "proc/self/task").glob("*/schedstat")]
+    delays = [int(words[1]) for words in found if len(words) > 1]
+    return sum(delays) / 1e9 if delays else None
+
+
 def jvm_above(root: Path = _ROOT) -> int | None:
     """Return the PID of the Java process that this one descends from; None without one."""
     for pid in _ancestors(root):

@@ -232,6 +232,7 @@ class _Conversation:
             test_images=result["test_images"],
             cpu_seconds=result["cpu_seconds"],
             phase_cpu_seconds=None if by_cpu is None else from_json(PhaseSeconds, by_cpu, "an executor's CPU seconds"),
+            waited_seconds=result.get("waited_seconds"),
             jvm_cpu_seconds=result.get("jvm_cpu_seconds"),
             machine=None if machine is None else from_json(MachineState, machine, "an executor's machine"),
             gpus=tuple(from_json(GpuState, one, "an executor's GPU") for one in result.get("gpus", ())),

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparkgauge import stats
 from sparkgauge.errors import BaselineError, NotMeasuredError
-from sparkgauge.gate import BaselineQuantity, Measurement, Policy, Samples, _against_baseline
+from sparkgauge.gate import BaselineQuantity, Measurement, Policy, Samples, against_baseline, look_until_decided
 from sparkgauge.records import from_json, to_json
 from sparkgauge.store import SAFE_NAME, parse_json, write_json
 
@@ -322,22 +323,24 @@ def _two_starts(count: int, first: int, second: int, generator: np.random.Genera
 
 
 def _judged(before: Samples, after: Samples, rounds: int, policy: Policy) -> tuple[str, int]:
-    """Return the gate's status and the candidate's rounds at it; rounds beyond the planned ones come one by one.
+    """Return the gate's status and the candidate's rounds at it; further rounds are taken while it is open.
 
     The looks are those of the gate while it is undecided; what it adds to a verdict for people is left out.
     """
     quantity = BaselineQuantity("runtime_seconds", before, policy=policy)
-    look, most = 1, len(after.values)
-    grows = most > rounds
-    while True:
-        measurement = Measurement(
-            _runtimes(after.values[:rounds], after.step_reference_seconds[:rounds]), policy=policy
-        )
-        confidence = stats.confidence_at_look(policy.confidence, look) if grows else policy.confidence
-        status = _against_baseline(measurement, quantity, confidence).status
-        if status != "inconclusive" or rounds >= most:
-            return status, rounds
-        look, rounds = look + 1, rounds + 1
+
+    def more() -> Samples | None:
+        count = len(measurement.samples.values) + 1
+        return _first(after, count) if count <= len(after.values) else None
+
+    grows = len(after.values) > rounds
+    measurement = Measurement(_first(after, rounds), more=more if grows else None, policy=policy)
+    verdict, _ = look_until_decided(measurement, policy, partial(against_baseline, measurement, quantity))
+    return verdict.status, len(measurement.samples.values)
+
+
+def _first(samples: Samples, count: int) -> Samples:
+    return _runtimes(samples.values[:count], samples.step_reference_seconds[:count])
 
 
 def _runtimes(values: Sequence[float], references: Sequence[float] = ()) -> Samples:

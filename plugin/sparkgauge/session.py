@@ -35,6 +35,7 @@ from sparkgauge.report.progress import Progress
 from sparkgauge.store import (
     DEFAULT_LABEL,
     QUOTIENT_REFERENCES,
+    QUOTIENT_WAITING,
     BaselineStore,
     baseline_of,
     comparable,
@@ -766,6 +767,8 @@ class TestGauge:
         self._speedups[samples.metric] = samples.values  # more rounds of the same
         if samples.step_reference_seconds:
             self._speedups[QUOTIENT_REFERENCES[samples.metric]] = samples.step_reference_seconds
+        if samples.waiting_ratios:
+            self._speedups[QUOTIENT_WAITING[samples.metric]] = samples.waiting_ratios
         self.session.speedups[self.test_id] = dict(self._speedups)
 
     def _store(self, runs: list[RunRecord]) -> None:

@@ -61,10 +61,23 @@ QUOTIENT_REFERENCES = {"speedup_ratio": "speedup_reference_ratio", "efficiency_r
 """Metrics that are quotients of rounds, and the samples that hold those of the reference kernel's time between their
 steps."""
 
-POSITIVE_METRICS = ("runtime_seconds", *QUOTIENT_REFERENCES, *QUOTIENT_REFERENCES.values(), *REFERENCES)
+WAITING = "waiting_ratio"
+"""How many times longer a round's processes took to get their CPU seconds than if a core had always been free."""
+
+QUOTIENT_WAITING = {"speedup_ratio": "speedup_waiting_ratio", "efficiency_ratio": "efficiency_waiting_ratio"}
+"""Metrics that are quotients of rounds, and the samples that hold those of their waiting ratios."""
+
+POSITIVE_METRICS = (
+    "runtime_seconds",
+    *QUOTIENT_REFERENCES,
+    *QUOTIENT_REFERENCES.values(),
+    *QUOTIENT_WAITING.values(),
+    *REFERENCES,
+    WAITING,
+)
 """Metrics of which a sample at or below zero was never measured."""
 
-COMPANIONS = (*REFERENCES, "cpu_seconds", "jvm_cpu_seconds", "driver_cpu_seconds")
+COMPANIONS = (*REFERENCES, WAITING, "cpu_seconds", "jvm_cpu_seconds", "driver_cpu_seconds")
 """Samples that say something of the rounds beside them, and nothing of others."""
 
 PLAIN_TEST = re.compile(r"([a-z0-9_]+(?:/[a-z0-9_]+)*)\.py::([a-z0-9_]+)(?:\[([a-z0-9_-]+)\])?")
@@ -157,6 +170,7 @@ def run_samples(run: RunRecord) -> dict[str, tuple[float, ...]]:
     samples.update(_where_all_have_it("driver_cpu_seconds", [one.driver_cpu_seconds for one in rounds]))
     samples.update(_where_all_have_it("reference_seconds", [_mean(one.reference_seconds) for one in rounds]))
     samples.update(_where_all_have_it("step_reference_seconds", [piece_seconds(one) for one in rounds]))
+    samples.update(_where_all_have_it(WAITING, [_waiting_ratio(one) for one in rounds]))
     if rounds and all(len(one.executors) > 1 for one in rounds):
         samples["straggler_ratio"] = tuple(ranks.straggler_ratio(one) for one in rounds)
         samples["exposed_fraction"] = tuple(ranks.exposed(one) for one in rounds)
@@ -235,7 +249,8 @@ def _without_companions(fresh: Baseline, *, of: Baseline) -> Baseline:
     """Return ``fresh`` without what belongs to its own rounds where those of ``of`` stay: another day's machine."""
     kept = {label for label in fresh.executors if sample_key(label, "runtime_seconds") in of.samples}
     companions = {sample_key(label, name) for label in kept for name in COMPANIONS}
-    companions |= {beside for metric, beside in QUOTIENT_REFERENCES.items() if metric in of.samples}
+    for besides in (QUOTIENT_REFERENCES, QUOTIENT_WAITING):
+        companions |= {beside for metric, beside in besides.items() if metric in of.samples}
     return dataclasses.replace(
         fresh,
         samples={key: values for key, values in fresh.samples.items() if key not in companions},
@@ -554,6 +569,16 @@ def _phase_mean(one: Round, phase: str) -> float:
 def _jvm_cpu_seconds(one: Round) -> float | None:
     known = [executor.jvm_cpu_seconds for executor in one.executors if executor.jvm_cpu_seconds is not None]
     return math.fsum(known) if known and len(known) == len(one.executors) else None
+
+
+def _waiting_ratio(one: Round) -> float | None:
+    """Return (CPU + waited) / CPU seconds, the mean over the executors; None where an executor did not count them."""
+    ratios = [
+        1.0 + executor.waited_seconds / executor.cpu_seconds
+        for executor in one.executors
+        if executor.waited_seconds is not None and executor.cpu_seconds > 0.0
+    ]
+    return _mean(ratios) if len(ratios) == len(one.executors) else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

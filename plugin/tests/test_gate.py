@@ -302,13 +302,14 @@ def test_more_rounds_are_taken_until_decided() -> None:
     assert verdict.status == "match"
     assert 0 < rounds.calls < 20
     assert verdict.candidate_count == len(measurement.samples.values) == 2 + rounds.calls
-    assert verdict.confidence > 0.99
+    assert verdict.candidate_count in (4, 7, 12, 20)
+    assert verdict.confidence > 0.98
 
 
 def test_rounds_stop_when_the_budget_is_spent() -> None:
     rounds = Rounds(seconds(10.0, 14.0), [8.0])
     verdict = Measurement(rounds.samples, more=rounds) <= stored(seconds(*NOISY))
-    assert (verdict.status, rounds.calls, verdict.candidate_count) == ("inconclusive", 2, 3)
+    assert (verdict.status, rounds.calls, verdict.candidate_count) == ("inconclusive", 3, 3)
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
@@ -627,6 +628,19 @@ def test_the_kernel_between_the_steps_tells_more_than_the_one_before_the_round()
     assert "the reference kernel took 1.30 times as long as at the baseline" in verdict.note
     alone = dataclasses.replace(slower, step_reference_seconds=())  # a side of another time has none
     assert "took 1.00 times as long" in (Measurement(alone) <= stored(before)).note
+
+
+def test_waiting_for_cores_widens_the_interval_of_a_time_and_of_a_quotient() -> None:
+    free, crowded = (dataclasses.replace(seconds(*STEADY), waiting_ratios=(w,) * 5) for w in (1.05, 1.6))
+    slower = dataclasses.replace(crowded, values=tuple(1.4 * value for value in STEADY))
+    verdict = Measurement(slower) <= stored(free)
+    assert verdict.status == "inconclusive" and "waited for a core 38% of the time" in verdict.note
+    fast = dataclasses.replace(free, values=tuple(value / 2 for value in STEADY))
+    ratio = speedup(Trained(Measurement(fast)), over=Trained(Measurement(slower)))
+    assert ratio.samples.waiting_ratios == pytest.approx((1.6 / 1.05,) * 5)
+    alike = speedup(Trained(Measurement(fast)), over=Trained(Measurement(free)))
+    assert (alike >= stored(ratio.samples)).status == "inconclusive"
+    assert (alike >= stored(alike.samples)).status == "match"
 
 
 def test_rates_are_normalised_the_other_way_round() -> None:

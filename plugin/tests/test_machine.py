@@ -9,7 +9,7 @@ import pytest
 
 from plugin.tests.made_up import make_round, make_run, make_state
 from sparkgauge import machine
-from sparkgauge.machine import Counters, counters, disturbances, process_cpu_seconds, state_between
+from sparkgauge.machine import Counters, counters, disturbances, process_cpu_seconds, state_between, waited_seconds
 from sparkgauge.report.session_notes import round_lines
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -48,6 +48,15 @@ def test_what_is_not_exposed_is_none_and_not_zero(tmp_path: Path) -> None:
     assert (found.throttled_count, found.swapped_bytes) == (None, None)
     state = state_between(found, found)
     assert (state.steal_fraction, state.throttled_seconds, state.throttled_count, state.swapped_bytes) == (None,) * 4
+
+
+def test_waiting_is_summed_over_the_threads(tmp_path: Path) -> None:
+    assert waited_seconds(tmp_path) is None
+    for thread, text in ((7, "900 1500000000 3"), (8, "900 500000000 3")):
+        folder = tmp_path / f"proc/self/task/{thread}"
+        folder.mkdir(parents=True)
+        (folder / "schedstat").write_text(text)
+    assert waited_seconds(tmp_path) == 2.0
 
 
 def test_a_state_is_what_happened_in_between() -> None:

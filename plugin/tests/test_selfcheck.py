@@ -103,7 +103,7 @@ def test_the_reference_kernel_tells_a_drift_from_a_regression() -> None:
     trace, beside = levels * noise(0.01, 64), 0.15 * levels * noise(0.01, 64)[::-1]
     settings = {"rounds": 5, "most_rounds": 8, "resamplings": 100}
     assert selfcheck.calibrate_stored(trace, POLICY, **settings).false_positives.fraction > 0.1
-    assert selfcheck.calibrate_stored(trace, POLICY, **settings, references=beside).false_positives.count == 0
+    assert selfcheck.calibrate_stored(trace, POLICY, **settings, references=beside).false_positives.fraction <= 0.025
     assert selfcheck.judged_stored(trace[:8], trace[16:24], POLICY) == "regressed"
     sides = beside[:8], beside[16:24]
     assert selfcheck.judged_stored(trace[:8], trace[16:24], POLICY, references=sides) != "regressed"

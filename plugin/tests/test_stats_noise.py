@@ -76,3 +76,30 @@ def test_without_a_reference_it_says_so_and_takes_what_is_known_between_sessions
 
 def test_one_round_is_inconclusive() -> None:
     assert compare_stored([1.0], [2.0], [1.0], [1.0], margin=0.1).comparison.status == "inconclusive"
+
+
+@pytest.mark.parametrize("felt", [0.65, 0.9, 1.15])
+def test_what_training_feels_of_the_kernels_change_is_learnt_from_the_rounds(felt: float) -> None:
+    """With nothing known but the prior, half of the kernel's change would be left or overdone."""
+    (wall, reference), (later, slower) = session(1.0, felt=felt), session(1.3, felt=felt, seed=3)
+    stored = compare_stored(wall, later, reference, slower, margin=0.15, between_steps=True)
+    assert stored.comparison.status in ("match", "inconclusive")
+    assert stored.comparison.ratio == pytest.approx(1.0, abs=0.06)
+    assert "of its change taken out" in stored.said
+    found = compare_stored(wall, 1.6 * later, reference, slower, margin=0.15, between_steps=True)
+    assert found.comparison.status == "regressed"
+
+
+def test_a_crowded_machine_is_neither_a_regression_nor_an_improvement() -> None:
+    """The kernel between the steps does not see what a busy run queue does to a training."""
+    wall, reference = session(1.0)
+    later, beside = session(1.0, seed=3)
+    free, crowded = [1.08] * len(wall), [1.5] * len(later)
+    for kernel in ({}, {"baseline_reference": reference, "candidate_reference": beside, "between_steps": True}):
+        assert compare_stored(wall, 1.4 * later, **kernel, margin=0.15).comparison.status == "regressed"
+        for first, second, factor in ((free, crowded, 1.4), (crowded, free, 1 / 1.4)):
+            stored = compare_stored(wall, factor * later, **kernel, margin=0.15, waiting=(first, second))
+            assert stored.comparison.status == "inconclusive"
+            assert "waited for a core" in stored.said
+        same = compare_stored(wall, 1.4 * later, **kernel, margin=0.15, waiting=(free, free))
+        assert same.comparison.status == "regressed" and "waited" not in same.said

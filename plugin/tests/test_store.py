@@ -393,3 +393,12 @@ def test_samples_of_a_run() -> None:
     assert samples["compute_seconds"] == (8.0,) * 3 and samples["cpu_seconds"] == (8.0,) * 3
     assert samples["loss"] == (1.5,) * 3
     assert run_samples(make_run(rounds=()))["runtime_seconds"] == ()
+    assert "waiting_ratio" not in samples
+
+
+def test_waiting_for_cores_is_a_sample_where_every_executor_counted_it() -> None:
+    rounds = make_run().rounds
+    waited = [dataclasses.replace(one, cpu_seconds=8.0, waited_seconds=4.0) for one in rounds[0].executors]
+    crowded = tuple(dataclasses.replace(one, executors=tuple(waited)) for one in rounds)
+    assert run_samples(make_run(rounds=crowded))["waiting_ratio"] == (1.5,) * 3
+    assert "waiting_ratio" not in run_samples(make_run(rounds=(crowded[0], rounds[1], crowded[2])))

@@ -173,6 +173,18 @@ def confidence_at_look(confidence: float, look: int) -> float:
     return 1.0 - (1.0 - confidence) * share
 
 
+LOOK_SHARE = 0.6
+"""Of the error probability that is left, what a look spends that may be followed by others."""
+
+
+def next_look(count: int) -> int:
+    """Return at how many rounds an undecided comparison of ``count`` rounds is looked at again: 5, 8, 13, 21, ...
+
+    A look after every single round would spend error probability on samples that are nearly the same.
+    """
+    return math.ceil(1.6 * count)
+
+
 def _decide_lower(interval: Interval, limit: float, no_change: float, opposite: float) -> Decision:
     slack = ROUNDING * max(1.0, abs(limit))
     if interval.low > no_change and interval.estimate > limit + slack:

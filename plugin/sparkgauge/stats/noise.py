@@ -104,6 +104,7 @@ def compare_stored(
     beyond: float = 1.0,
     between_sd: float = 0.0,
     between_steps: bool = False,
+    waiting: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> StoredComparison:
     """Return the comparison of samples, each side in time order, that were not interleaved.
 
@@ -113,31 +114,39 @@ def compare_stored(
     divided times then disagree, and how much of that the right answer is cannot be known; less where the reference ran
     ``between_steps`` of the samples, and felt what they felt, than where it ran before them.
 
+    ``waiting`` is how many times longer each sample of either side took for want of free cores. No kernel between the
+    steps tells that: on two cores with two to three other processes, training took 1.4 times as long as the kernel
+    said (docs/gate.md). It could be divided by, but code that asks for more cores than there are waits too; so a
+    difference between the sides is an error of the comparison, which makes it wide, and not a correction.
+
     ``between_sd`` is the standard deviation of the log level between sessions with nothing changed, where a history or
     a self-check knows it; without it and without reference times the false-positive rate is far above ``alpha`` on a
     busy machine (docs/gate.md).
     """
     before, after = _logs_array(baseline), _logs_array(candidate)
-    raw = _both(before, after)
+    raw, crowding = _both(before, after), _shift_of(waiting)
     centres, count, limits = _centres(before, after), min(len(before), len(after)), _margin(margin)
     if baseline_reference is None or candidate_reference is None:
-        said = "not normalised: no reference kernel was timed on both sides"
-        raw = _with_error(raw, between_sd)
+        said = f"not normalised: no reference kernel was timed on both sides{_said_of(waiting)}"
+        raw = _with_known_error(_with_error(raw, between_sd), crowding)
         return StoredComparison(compared(raw, centres, count, limits, alpha, better, beyond), None, None, said)
     _, ref_before = _pair_logs(baseline, baseline_reference)
     _, ref_after = _pair_logs(candidate, candidate_reference)
-    divided = _both(before - ref_before, after - ref_after)
     choice = choose_normalisation(
         [*_relative(before), *_relative(after)], [*_relative(ref_before), *_relative(ref_after)]
     )
     shift = float(robust.trimmed_difference(ref_before, ref_after).mean)
     if between_steps:
-        choice, widened = _least_error(choice, raw, divided, shift)
+        adjusted, share = _adjusted((before, after), (ref_before, ref_after), shift)
+        choice, widened = _least_error(choice, raw, adjusted, share, shift)
     else:
+        divided = _both(before - ref_before, after - ref_after)
         chosen, other = (divided, raw) if choice.kind == "reference" else (raw, divided)
         widened = _spanning(chosen, shift, other)
-    result = compared(_with_error(widened, between_sd), centres, count, limits, alpha, better, beyond)
+    widened = _with_known_error(_with_error(widened, between_sd), crowding)
+    result = compared(widened, centres, count, limits, alpha, better, beyond)
     said = f"{choice.said}; the reference kernel took {math.exp(shift):.2f} times as long as at the baseline"
+    said += _said_of(waiting)
     return StoredComparison(result, choice, math.exp(shift), said)
 
 
@@ -146,8 +155,35 @@ UNCERTAIN_SHARE = 0.5
 A kernel feels a busy neighbour more or less than training does. Chosen on one trace, scored on others: docs/gate.md."""
 
 
-UNCERTAIN_SHARE_WITHIN = 0.25
-"""The same for a kernel that ran between the steps of the samples: training felt 0.8 to 1.1 times what it felt."""
+SAID_WAITING = 0.05
+"""Difference of the shares of time spent waiting for a core that is put into words."""
+
+
+def _shift_of(waiting: tuple[Sequence[float], Sequence[float]] | None) -> float:
+    if waiting is None:
+        return 0.0
+    before, after = (_logs_array(side) for side in waiting)
+    return float(robust.trimmed_difference(before, after).mean)
+
+
+def _said_of(waiting: tuple[Sequence[float], Sequence[float]] | None) -> str:
+    if waiting is None:
+        return ""
+    before, after = (1.0 - math.exp(-float(robust.trimmed(_logs_array(side)).mean)) for side in waiting)
+    if abs(after - before) < SAID_WAITING:
+        return ""
+    return (
+        f"; the processes waited for a core {after:.0%} of the time they could have run, {before:.0%} at the baseline, "
+        "which widens the interval (other work on these cores, or more threads than cores)"
+    )
+
+
+FELT, FELT_SD = 0.9, 0.25
+"""What share of the change that the reference kernel feels between its steps a training feels too, before this one's
+rounds are looked at: mean and standard deviation over models, machines and days (docs/gate.md)."""
+
+FELT_ALIKE_SD = 0.15
+"""By how much that share differs between what changed from round to round and what changed between the two sides."""
 
 
 def _spanning(chosen: Trimmed, shift: float, other: Trimmed) -> Trimmed:
@@ -156,16 +192,54 @@ def _spanning(chosen: Trimmed, shift: float, other: Trimmed) -> Trimmed:
     return _with_error(chosen, UNCERTAIN_SHARE * disagreement)
 
 
-def _least_error(choice: Normalisation, raw: Trimmed, divided: Trimmed, shift: float) -> tuple[Normalisation, Trimmed]:
-    """Return the estimate with the smaller error, its noise and what it leaves of the machine's shift: all of it where
-    nothing is divided, the uncertain share where it is."""
-    sides = _with_error(raw, shift), _with_error(divided, UNCERTAIN_SHARE_WITHIN * shift)
+FEWEST_ADJUSTED_IN_ORDER = 14
+"""Samples from which the autocorrelation of adjusted ones is estimated. Little of it is left in them, and what 8 or 13
+seem to have is mostly luck that made intervals of more rounds the wider ones (docs/gate.md)."""
+
+
+def _adjusted(
+    sides: tuple[NDArray[Any], NDArray[Any]], references: tuple[NDArray[Any], NDArray[Any]], shift: float
+) -> tuple[Trimmed, float]:
+    """Return after - before as if the machine had been equally fast, an analysis of covariance on logarithms, and the
+    share of the reference's change that was taken out for it.
+
+    That share, the slope, is the mean of what these rounds say and what is known beforehand, each by its precision (a
+    normal prior, with the rounds' own residual variance plugged in). What stays uncertain of it is an error of the
+    machine's ``shift``, of a known size.
+    """
+    import numpy as np
+
+    y, x = (np.concatenate([side - side.mean() for side in both]) for both in (sides, references))
+    freedom, squares, share = max(1, len(y) - 3), float(x @ x), FELT
+    for _ in range(3):  # the residual variance depends on the slope, and hardly
+        variance = max(float(((y - share * x) ** 2).sum()) / freedom, robust.FLAT)
+        precision = 1.0 / FELT_SD**2 + squares / variance
+        share = (FELT / FELT_SD**2 + float(x @ y) / variance) / precision
+    first, second = (side - share * reference for side, reference in zip(sides, references, strict=True))
+    error = shift * math.hypot(FELT_ALIKE_SD, precision**-0.5)
+    return _with_known_error(_both(first, second, FEWEST_ADJUSTED_IN_ORDER), error), share
+
+
+def _with_known_error(estimate: Trimmed, sd: float) -> Trimmed:
+    """Return ``estimate`` with a further error whose size was not estimated from the samples: it has no uncertainty of
+    its own, which the degrees of freedom say (Satterthwaite, Biometrics Bulletin 2, 1946)."""
+    own = float(estimate.standard_error)
+    total, grows = math.hypot(own, sd), 0.0 < own < math.inf
+    return Trimmed(estimate.mean, total, estimate.freedom * ((total / own) ** 4 if grows else 1.0))
+
+
+def _least_error(
+    choice: Normalisation, raw: Trimmed, adjusted: Trimmed, share: float, shift: float
+) -> tuple[Normalisation, Trimmed]:
+    """Return the estimate with the smaller error; that of the one without adjustment holds all of the shift."""
+    sides = _with_known_error(raw, shift), adjusted
     errors = [float(side.standard_error) for side in sides]
     divides = errors[1] < errors[0]
     noise = (
         f"the noise of wall time is {choice.sd_wall:.1%}, divided by the reference kernel {choice.sd_normalised:.1%}"
     )
-    said = f"{'normalised' if divides else 'not normalised'}: {noise}"
+    felt = f", {share:.0%} of its change taken out" if divides else ""
+    said = f"{'normalised' if divides else 'not normalised'}: {noise}{felt}"
     kind: Literal["none", "reference"] = "reference" if divides else "none"
     return dataclasses.replace(choice, kind=kind, said=said), sides[divides]
 
@@ -176,8 +250,14 @@ def _with_error(estimate: Trimmed, sd: float) -> Trimmed:
     return Trimmed(estimate.mean, np.hypot(estimate.standard_error, sd), estimate.freedom)
 
 
-def _both(before: NDArray[Any], after: NDArray[Any]) -> Trimmed:
-    one, two = (robust.in_time_order(side, trim=_trim(len(side))) for side in (before, after))
+def _both(before: NDArray[Any], after: NDArray[Any], fewest_in_order: int = 0) -> Trimmed:
+    """Return after - before; autocorrelation widens the error of sides of at least ``fewest_in_order`` samples."""
+    one, two = (
+        robust.in_time_order(side, trim=_trim(len(side)))
+        if len(side) >= fewest_in_order
+        else robust.trimmed(side, trim=_trim(len(side)))
+        for side in (before, after)
+    )
     if min(len(before), len(after)) < 2:
         return robust.trimmed_difference(before, after)
     return robust.combined(one, two)
