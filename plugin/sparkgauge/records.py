@@ -144,8 +144,8 @@ class ExecutorRecord:
     phase_cpu_seconds: PhaseSeconds | None = None
     """The same by phase; what a compiled step does while it waits for others counts as compute."""
     waited_seconds: float | None = None
-    """How long the training process's threads together were ready to run and had no core; None where the kernel does not
-    count it."""
+    """How long the training process's threads together were ready to run and had no core; None where the kernel does
+    not count it."""
     jvm_cpu_seconds: float | None = None
     """User + system CPU time of the Spark executor's JVM meanwhile; None where ``/proc`` does not tell."""
     reference_seconds: tuple[float, ...] = ()
