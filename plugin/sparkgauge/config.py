@@ -55,7 +55,7 @@ ROUND_TIMEOUT_SECONDS: Mapping[str, float] = {"smoke": 600.0, "ci": 600.0, "full
 """Far above a slow machine's round, so that only a hang reaches it."""
 BUDGET_SECONDS: Mapping[str, float] = {"smoke": 20.0, "ci": 45.0, "full": 1800.0}
 """Time per test for rounds beyond the planned ones; the profiles' time limits (90 s, 6 min) leave room for it."""
-DEFAULT_MAX_ROUNDS = 8
+DEFAULT_MAX_ROUNDS = 10
 DEFAULT_MARGIN_PERCENT = 10.0
 DEFAULT_ACCURACY_MARGIN_POINTS = 1.0
 DEFAULT_CONFIDENCE = 0.95

@@ -37,7 +37,7 @@ EFFECTS = (0.05, 0.10, 0.20)
 """Slowdowns whose detection is reported."""
 
 FEWEST_ROUNDS = 16
-"""Two sides of the gate's most rounds (8): below that no two sides without a common round are there to compare."""
+"""One more than a stored comparison's two sides have, 5 and up to 10: they must have no round in common."""
 
 BLOCK_PAIRS = 5
 """Pairs that stay together, 10 rounds: half a minute of short ones, longer than what disturbs them mostly lasts."""

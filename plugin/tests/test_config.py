@@ -42,7 +42,7 @@ def test_defaults() -> None:
     assert built.runtime_margin_fraction == pytest.approx(0.10)
     assert built.accuracy_margin_fraction == pytest.approx(0.01)
     assert (built.update, built.report_file, built.data, built.rounds) == (None, None, None, None)
-    assert (built.timeout_seconds, built.max_rounds, built.confidence) == (600.0, 8, 0.95)
+    assert (built.timeout_seconds, built.max_rounds, built.confidence) == (600.0, 10, 0.95)
     assert built.given == frozenset()
 
 
@@ -287,7 +287,7 @@ def test_no_ini_file_updates_baselines_or_slows_a_run() -> None:
     }
 
 
-@pytest.mark.parametrize(("rounds", "most"), [("7", 8), ("8", 8), ("9", 9)])
+@pytest.mark.parametrize(("rounds", "most"), [("9", 10), ("10", 10), ("11", 11)])
 def test_more_planned_rounds_raise_the_default_limit(rounds: str, most: int) -> None:
     assert build({"rounds": rounds}).max_rounds == most
 

@@ -327,7 +327,7 @@ def test_a_real_self_check_is_stored_and_leaves_nothing(
     monkeypatch.setattr(selfcheck_rounds, "MOST_INJECTED_PAIRS", 2)
     monkeypatch.setattr(selfcheck_rounds, "LEAST_MINUTES", 0.05)
     monkeypatch.setattr(selfcheck, "FEWEST_PAIRS", 2)
-    monkeypatch.setattr(selfcheck, "FEWEST_ROUNDS", 13)  # 5 stored against up to 8
+    monkeypatch.setattr(selfcheck, "FEWEST_ROUNDS", 15)  # 5 stored against up to 10
     monkeypatch.setattr(selfcheck, "RESAMPLINGS", 50)
     status = cli.main(["selfcheck", "--json", "--minutes", "0.05", "--data", "synthetic"])
     output = capsys.readouterr()
