@@ -39,6 +39,8 @@ MARKERS = (
     "cpu: trains on the CPU; added by gauge(device='cpu')",
 )
 
+UNUSED_BENCHMARK = "ignore:Benchmark fixture was not used at all:pytest.PytestWarning"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register the ``--gauge-...`` options and their ini twins."""
@@ -63,7 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Add the marker ``gpu`` or ``cpu`` to a test by the device it trains on, so that ``-m gpu`` selects it."""
+    """Add the marker ``gpu`` or ``cpu`` to a test by the device it trains on, so that ``-m gpu`` selects it.
+
+    A test of ours that fails before it trains has its own error: pytest-benchmark need not warn that nothing was timed.
+    """
+    if _is_ours(item):
+        item.add_marker(pytest.mark.filterwarnings(UNUSED_BENCHMARK))
     marker = item.get_closest_marker("gauge")
     if marker is not None:
         device = marker.kwargs.get("device", "cpu")

@@ -305,6 +305,7 @@ def test_an_unreadable_baseline_is_an_error_before_anything_is_trained(
     assert report.outcome == "failed" and said in report.text
     table = failing.output.partition("= sparkgauge =")[2].partition("baseline unreadable")[0]
     assert "test_baseline[" not in table  # no round was taken
+    assert "Benchmark fixture was not used" not in failing.output
 
 
 def test_junit_tells_a_crash_from_a_failure(failing: Finished) -> None:
