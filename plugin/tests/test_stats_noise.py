@@ -90,6 +90,12 @@ def test_what_training_feels_of_the_kernels_change_is_learnt_from_the_rounds(fel
     assert found.comparison.status == "regressed"
 
 
+def test_rounds_that_hardly_vary_on_a_machine_in_another_state_stay_comparable() -> None:
+    before, after = [1.0, 1.0, 1.0 + 1e-15], [1.0, 1.0 + 1e-15, 1.0]
+    stored = compare_stored(before, after, [0.1] * 3, [0.2] * 3, margin=0.1, between_steps=True)
+    assert stored.comparison.status in ("inconclusive", "regressed", "improved")
+
+
 def test_a_crowded_machine_is_neither_a_regression_nor_an_improvement() -> None:
     """The kernel between the steps does not see what a busy run queue does to a training."""
     wall, reference = session(1.0)

@@ -225,7 +225,8 @@ def _with_known_error(estimate: Trimmed, sd: float) -> Trimmed:
     its own, which the degrees of freedom say (Satterthwaite, Biometrics Bulletin 2, 1946)."""
     own = float(estimate.standard_error)
     total, grows = math.hypot(own, sd), 0.0 < own < math.inf
-    return Trimmed(estimate.mean, total, estimate.freedom * ((total / own) ** 4 if grows else 1.0))
+    growth = min(total / own, 1e3) if grows else 1.0  # beyond, Student's t is the normal distribution anyway
+    return Trimmed(estimate.mean, total, estimate.freedom * growth**4)
 
 
 def _least_error(
