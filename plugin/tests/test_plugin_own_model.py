@@ -116,7 +116,7 @@ def test_updating_all_replaces_even_an_unreadable_baseline(finished: Finished) -
     assert stored["approved"]["why"] == "recorded with --gauge-update all"
     assert stored["workload"]["function"] == "my_training:fit"
     assert stored["workload"]["options"] == {"learning_rate": 0.02}
-    assert stored["samples"]["parameters"] == [17386.0, 17386.0]
+    assert set(stored["samples"]["parameters"]) == {17386.0}
 
 
 @pytest.mark.parametrize("way", ["function", "partial", "callable", "method"])
