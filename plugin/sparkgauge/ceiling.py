@@ -89,10 +89,8 @@ def _on_cpu(threads: int) -> tuple[float, float]:
 
 def _on_gpu() -> tuple[float, float] | None:
     gpu.expose(gpu.of_task())
-    try:
-        import torch
-    except ImportError:
-        return None
+    import torch
+
     if not torch.cuda.is_available():
         return None
 

@@ -20,7 +20,7 @@ from sparkgauge.context import Context
 from sparkgauge.errors import DataError
 from sparkgauge.gpu_watch import GpuWatch
 from sparkgauge.job import Job
-from sparkgauge.machine import counters, jvm_above, process_cpu_seconds, state_between, waited_seconds
+from sparkgauge.machine import counters, grown, jvm_above, process_cpu_seconds, state_between, waited_seconds
 from sparkgauge.phases import PhaseClock
 from sparkgauge.records import to_json
 
@@ -86,13 +86,10 @@ class _Watch:
 
     def seen(self) -> dict[str, Any]:
         """Return it JSON-ready, as parts of the result message."""
-        jvm = self._jvm_now()
-        spent = None if jvm is None or self._jvm_seconds is None else jvm - self._jvm_seconds
-        before, waited = self._waited_seconds, waited_seconds()
         return {
             "cpu_seconds": time.process_time() - self._cpu_seconds,
-            "waited_seconds": None if before is None or waited is None else max(0.0, waited - before),
-            "jvm_cpu_seconds": spent,
+            "waited_seconds": grown(self._waited_seconds, waited_seconds()),
+            "jvm_cpu_seconds": grown(self._jvm_seconds, self._jvm_now()),
             "machine": to_json(state_between(self._counters, counters())),
             "gpus": [to_json(one) for one in self._gpus.stop()] if self._gpus else [],
         }

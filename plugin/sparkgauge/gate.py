@@ -19,8 +19,7 @@ from sparkgauge.records import Baseline, RunRecord, Status, Verdict
 from sparkgauge.stats import Better, Interval, Scale
 from sparkgauge.store import (
     DEFAULT_LABEL,
-    QUOTIENT_REFERENCES,
-    QUOTIENT_WAITING,
+    QUOTIENT_COMPANIONS,
     REFERENCES,
     WAITING,
     run_samples,
@@ -47,7 +46,7 @@ SHORT_NAMES = {
 }
 """The attribute under which a run and a baseline offer a metric, where it is not the metric's name."""
 
-QUOTIENTS = tuple(QUOTIENT_REFERENCES)
+QUOTIENTS = tuple(QUOTIENT_COMPANIONS)
 """Metrics of two runs, which belong to their test and not to one of its trainings."""
 
 
@@ -671,7 +670,8 @@ def _with_references(
     metric = samples.metric
     names = (*REFERENCES, WAITING)
     if metric in QUOTIENTS:
-        names = (QUOTIENT_REFERENCES[metric], "", QUOTIENT_WAITING[metric])
+        reference, waited = QUOTIENT_COMPANIONS[metric]
+        names = (reference, "", waited)
     found = (available.get(sample_key(label, name), ()) for name in names)
     between, before, waiting = (values if len(values) == len(samples.values) else () for values in found)
     return dataclasses.replace(

@@ -64,12 +64,12 @@ def counters(root: Path = _ROOT) -> Counters:
 
 def state_between(before: Counters, after: Counters) -> MachineState:
     """Return what happened between two looks, with the load average of now."""
-    stolen, ticks = _grown(before.steal_ticks, after.steal_ticks), _grown(before.all_ticks, after.all_ticks)
+    stolen, ticks = grown(before.steal_ticks, after.steal_ticks), grown(before.all_ticks, after.all_ticks)
     throttled, count = (
-        _grown(before.throttled_seconds, after.throttled_seconds),
-        _grown(before.throttled_count, after.throttled_count),
+        grown(before.throttled_seconds, after.throttled_seconds),
+        grown(before.throttled_count, after.throttled_count),
     )
-    swapped = _grown(before.swapped_bytes, after.swapped_bytes)
+    swapped = grown(before.swapped_bytes, after.swapped_bytes)
     return MachineState(
         seconds=max(0.0, after.moment - before.moment),
         load_average=load_average(),
@@ -142,7 +142,8 @@ def _heat_files(root: Path) -> Iterator[Path]:
     return (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
 
 
-def _grown(before: float | None, after: float | None) -> float | None:
+def grown(before: float | None, after: float | None) -> float | None:
+    """Return how much a counter grew between two looks; None where one of them did not see it."""
     return None if before is None or after is None else max(0.0, after - before)
 
 

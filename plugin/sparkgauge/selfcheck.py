@@ -333,8 +333,7 @@ def _judged(before: Samples, after: Samples, rounds: int, policy: Policy) -> tup
         count = len(measurement.samples.values) + 1
         return _first(after, count) if count <= len(after.values) else None
 
-    grows = len(after.values) > rounds
-    measurement = Measurement(_first(after, rounds), more=more if grows else None, policy=policy)
+    measurement = Measurement(_first(after, rounds), more=more, policy=policy)
     verdict, _ = look_until_decided(measurement, policy, partial(against_baseline, measurement, quantity))
     return verdict.status, len(measurement.samples.values)
 

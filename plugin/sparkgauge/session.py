@@ -34,8 +34,7 @@ from sparkgauge.records import (
 from sparkgauge.report.progress import Progress
 from sparkgauge.store import (
     DEFAULT_LABEL,
-    QUOTIENT_REFERENCES,
-    QUOTIENT_WAITING,
+    QUOTIENT_COMPANIONS,
     BaselineStore,
     baseline_of,
     comparable,
@@ -765,10 +764,10 @@ class TestGauge:
                 where=self.test_id,
             )
         self._speedups[samples.metric] = samples.values  # more rounds of the same
-        if samples.step_reference_seconds:
-            self._speedups[QUOTIENT_REFERENCES[samples.metric]] = samples.step_reference_seconds
-        if samples.waiting_ratios:
-            self._speedups[QUOTIENT_WAITING[samples.metric]] = samples.waiting_ratios
+        beside = samples.step_reference_seconds, samples.waiting_ratios
+        self._speedups |= {
+            name: values for name, values in zip(QUOTIENT_COMPANIONS[samples.metric], beside, strict=True) if values
+        }
         self.session.speedups[self.test_id] = dict(self._speedups)
 
     def _store(self, runs: list[RunRecord]) -> None:

@@ -57,21 +57,20 @@ LABELS_FIELD = "labels"
 REFERENCES = ("step_reference_seconds", "reference_seconds")
 """The reference kernel's time between the steps of a round and before it; the first tells more."""
 
-QUOTIENT_REFERENCES = {"speedup_ratio": "speedup_reference_ratio", "efficiency_ratio": "efficiency_reference_ratio"}
-"""Metrics that are quotients of rounds, and the samples that hold those of the reference kernel's time between their
-steps."""
-
 WAITING = "waiting_ratio"
 """How many times longer a round's processes took to get their CPU seconds than if a core had always been free."""
 
-QUOTIENT_WAITING = {"speedup_ratio": "speedup_waiting_ratio", "efficiency_ratio": "efficiency_waiting_ratio"}
-"""Metrics that are quotients of rounds, and the samples that hold those of their waiting ratios."""
+QUOTIENT_COMPANIONS = {
+    "speedup_ratio": ("speedup_reference_ratio", "speedup_waiting_ratio"),
+    "efficiency_ratio": ("efficiency_reference_ratio", "efficiency_waiting_ratio"),
+}
+"""Metrics that are quotients of rounds, and the samples that hold the quotients of what stands beside the same rounds:
+the reference kernel's time between their steps, and their waiting ratios."""
 
 POSITIVE_METRICS = (
     "runtime_seconds",
-    *QUOTIENT_REFERENCES,
-    *QUOTIENT_REFERENCES.values(),
-    *QUOTIENT_WAITING.values(),
+    *QUOTIENT_COMPANIONS,
+    *(name for names in QUOTIENT_COMPANIONS.values() for name in names),
     *REFERENCES,
     WAITING,
 )
@@ -249,8 +248,7 @@ def _without_companions(fresh: Baseline, *, of: Baseline) -> Baseline:
     """Return ``fresh`` without what belongs to its own rounds where those of ``of`` stay: another day's machine."""
     kept = {label for label in fresh.executors if sample_key(label, "runtime_seconds") in of.samples}
     companions = {sample_key(label, name) for label in kept for name in COMPANIONS}
-    for besides in (QUOTIENT_REFERENCES, QUOTIENT_WAITING):
-        companions |= {beside for metric, beside in besides.items() if metric in of.samples}
+    companions |= {name for metric, names in QUOTIENT_COMPANIONS.items() if metric in of.samples for name in names}
     return dataclasses.replace(
         fresh,
         samples={key: values for key, values in fresh.samples.items() if key not in companions},

@@ -116,7 +116,8 @@ def test_updating_all_replaces_even_an_unreadable_baseline(finished: Finished) -
     assert stored["approved"]["why"] == "recorded with --gauge-update all"
     assert stored["workload"]["function"] == "my_training:fit"
     assert stored["workload"]["options"] == {"learning_rate": 0.02}
-    assert set(stored["samples"]["parameters"]) == {17386.0}
+    rounds = len(stored["samples"]["runtime_seconds"])  # two planned, and those that a noisy machine asks for
+    assert rounds >= 2 and stored["samples"]["parameters"] == [17386.0] * rounds
 
 
 @pytest.mark.parametrize("way", ["function", "partial", "callable", "method"])

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from sparkgauge.caffe.net import data_layer
 from sparkgauge.errors import ConfigurationError, DataError, TrainingError
 
 Images = NDArray[Any]
@@ -22,12 +23,13 @@ Reduce = Callable[[Any], None]
 """Sums one flat float32 buffer over all executors, in place, and returns when it is done."""
 
 
-def check_mean_values(values: Sequence[float], channels: int, where: str) -> None:
+def check_mean_values(net: Any, channels: int, where: Callable[[str], str]) -> None:
     """Raise ConfigurationError where a data layer's mean_value is given neither once nor for every channel."""
-    if values and len(values) not in (1, channels):
-        raise ConfigurationError(
-            "mean_value does not fit", expected=f"1 or {channels}", actual=str(len(values)), where=where
-        )
+    layer = data_layer(net)
+    count = len(layer.transform_param.mean_value) if layer is not None else 0
+    if count not in (0, 1, channels):
+        expected, actual = f"1 or {channels}", str(count)
+        raise ConfigurationError("mean_value does not fit", expected=expected, actual=actual, where=where(layer.name))
 
 
 def check_labels(labels: Any, classes: int, where: str) -> None:

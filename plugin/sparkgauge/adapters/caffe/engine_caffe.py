@@ -89,8 +89,8 @@ class CaffeEngine:
         self._transforms = {"TRAIN": _transform(train_net), "TEST": _transform(test_net)}
         for transform, net in zip(self._transforms.values(), (train_net, test_net), strict=True):
             _check_mean(transform, mean, input_shape)
-            layer = None if net is None else data_layer(net)
-            check_mean_values(transform[1], input_shape[0], "" if layer is None else where(layer.name))
+            if net is not None:
+                check_mean_values(net, input_shape[0], where)
         self._folder = Path(tempfile.mkdtemp(prefix="sparkgauge-caffe-"))
         try:
             self._process = _Process(self._folder, threads)
@@ -307,11 +307,11 @@ def _own_solver(solver: Any, net_file: str, folder: Path, seed: int) -> Any:
 
 def _transform(net: Any) -> tuple[float, list[float], bool]:
     """Return scale and mean values of the net's data layer, and whether it subtracts a mean image."""
-    for layer in net.layer if net is not None else ():
-        if layer.type in DATA_TYPES:
-            p = layer.transform_param
-            return float(p.scale), list(p.mean_value), bool(p.HasField("mean_file"))
-    return 1.0, [], False
+    layer = None if net is None else data_layer(net)
+    if layer is None:
+        return 1.0, [], False
+    p = layer.transform_param
+    return float(p.scale), list(p.mean_value), bool(p.HasField("mean_file"))
 
 
 def _check_mean(transform: tuple[float, list[float], bool], mean: Any, shape: tuple[int, int, int]) -> None:

@@ -308,7 +308,7 @@ class _Transform:
         p = layer.transform_param if layer is not None else None
         self._scale = float(p.scale) if p is not None else 1.0
         values = list(p.mean_value) if p is not None else []
-        check_mean_values(values, shape[0], where(layer.name) if layer is not None else "")
+        check_mean_values(message, shape[0], where)
         if mean is not None and tuple(mean.shape) != tuple(shape):
             raise DataError("the mean does not fit the images", expected=str(shape), actual=str(mean.shape))
         self._mean: Tensor | None = None
