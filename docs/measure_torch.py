@@ -300,7 +300,7 @@ def _bare_loop(job: Job) -> float:
     from torch import nn
     from torch.nn import functional
 
-    from sparkgauge.adapters.collective import Exchange
+    from sparkgauge.adapters.collective import Exchange, Team
     from sparkgauge.adapters.memory import keep_freed_memory
     from sparkgauge.adapters.torch import networks
     from sparkgauge.data.shards import Shard
@@ -311,7 +311,7 @@ def _bare_loop(job: Job) -> float:
     shard = Shard.open(job.dataset_folder, executors=1, rank=0, global_batch=batch, seed=1)
     images = torch.from_numpy(shard.images[:8000].copy()).permute(0, 3, 1, 2).float()  # channels last already
     labels = torch.from_numpy(shard.labels[:8000].astype("int64"))
-    network: nn.Module = networks.build(recipe, 1, Exchange(None))
+    network: nn.Module = networks.build(recipe, 1, Exchange(Team()))
     shared: dict[str, Any] = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "fused": True}
     optimiser = torch.optim.SGD(network.parameters(), lr=recipe.learning_rates[0][1], **shared)
     augment = _tutorial_batch if recipe.augment else _shifted_batch

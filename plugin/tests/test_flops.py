@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from sparkgauge.adapters.collective import Exchange
+from sparkgauge.adapters.collective import Exchange, Team
 from sparkgauge.adapters.torch import networks
 from sparkgauge.errors import ConfigurationError
 from sparkgauge.models.cifar10 import RECIPES
@@ -32,7 +32,7 @@ def test_counted_work_per_image(model: str, megaflops: float) -> None:
 def test_the_width_of_speedrun_counts() -> None:
     whole, half = (achieved_gflops("speedrun", 1.0, {"width": width}) for width in (1, 0.5))
     assert whole == pytest.approx(0.70778, rel=1e-4) and half == pytest.approx(0.19729, rel=1e-4)
-    network = networks.build(RECIPES["speedrun"], 1, Exchange(None), 0.5)
+    network = networks.build(RECIPES["speedrun"], 1, Exchange(Team()), 0.5)
     assert [block.conv2.weight.shape[0] for block in network.blocks] == [32, 128, 128]
 
 

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="needs Triton, which PyTorch's builds for NVIDIA GPUs bring along")
 
 from sparkgauge.adapters import fused
-from sparkgauge.adapters.collective import Exchange
+from sparkgauge.adapters.collective import Exchange, Team
 from sparkgauge.adapters.torch.networks import BatchNorm, norm_over_channels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,15 +98,20 @@ def test_a_nan_is_not_lost():
 @pytest.mark.skipif(DEVICE == "cpu", reason="these kernels of PyTorch's are CUDA's alone")
 def test_batch_norm_of_several_gpus_is_that_of_several_cpus():
     class Alone(Exchange):
-        """Stands for a group whose other members have no images."""
+        """Stands for one member of a group that has no others."""
+
+        shares = (6,)
 
         def sum_(self, values):
             return values
 
+        def gather(self, values):
+            return values[None]
+
     x, dy = images((6, 8, 5, 5), 3.0), images((6, 8, 5, 5))
     results = {}
     for device in ("cpu", "cuda"):
-        norm = BatchNorm(8, Alone(object())).to(device).train()
+        norm = BatchNorm(8, Alone(Team(object()))).to(device).train()
         own = x.detach().to(device).requires_grad_()
         y = norm(own)
         y.backward(dy.to(device))

@@ -13,14 +13,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sparkgauge.adapters import layout  # noqa: E402
-from sparkgauge.adapters.collective import Exchange, _buckets  # noqa: E402
+from sparkgauge.adapters.collective import Exchange, FlatGradients, Team, _buckets  # noqa: E402
 from sparkgauge.adapters.torch import inputs, networks, training, worker  # noqa: E402
 from sparkgauge.context import Step  # noqa: E402
 from sparkgauge.data.shards import Shard  # noqa: E402
 from sparkgauge.errors import MachineError  # noqa: E402
 from sparkgauge.models.cifar10 import RECIPES, RESNET20, SPEEDRUN, Recipe  # noqa: E402
 
-ALONE = Exchange(None)
+ALONE = Exchange(Team())
 ALL = pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 
 
@@ -98,7 +98,7 @@ def test_the_gradient_of_the_norm_over_channels_is_that_of_its_formula() -> None
 class _TwoHalves:
     """An exchange between two halves of a batch, worked on in turn: gives the sums that were worked out before."""
 
-    group = "both"
+    alone = False
 
     def __init__(self, sums: list[Any]) -> None:
         self._sums = iter(sums)
@@ -133,12 +133,57 @@ def test_norm_over_executors_is_the_norm_of_the_whole_batch_in_value_and_gradien
         torch.testing.assert_close(total, leaves[index].grad, rtol=1e-3, atol=1e-3)
 
 
+class _Beside(Team):
+    """Stands for two executors with the same images: their sum is twice this one's."""
+
+    def start_sum(self, values: Any) -> Any:
+        return lambda: values.mul_(2)
+
+
+def test_gradients_of_filters_are_computed_while_sums_travel() -> None:
+    exchange, alone = Exchange(_Beside("both")), Exchange(Team())
+    shared, single = (networks.build(RESNET20, 1, one) for one in (exchange, alone))
+    optimiser = training.Momentum(shared, RESNET20, _Beside("both"))
+    told: list[Any] = []
+    exchange.added = told.append
+    images, labels = _images(RESNET20, 4), torch.tensor([1, 2, 3, 4])
+    optimiser.gradients.clear()
+    for network in (shared, single):
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+    filters = [one.weight for one in shared.modules() if isinstance(one, networks.Convolution)]
+    assert len(filters) == 19
+    assert len(told) == 18, "the first layer's is left: no sum follows it"
+    exchange.work_off()
+    assert {id(one) for one in told} == {id(one) for one in filters}
+    for one, other in zip(shared.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_buckets_travel_when_their_last_gradient_is_there() -> None:
+    started: list[int] = []
+
+    class Watched(Team):
+        def start_sum(self, values: Any) -> Any:
+            started.append(values.numel())
+            return lambda: None
+
+    weights = [torch.nn.Parameter(torch.ones(size)) for size in (4, 3, 2)]
+    gradients = FlatGradients(weights, Watched("both"), bucket_bytes=16)  # of (2 + 3), and of 4 numbers
+    gradients.clear()
+    (weights[2].sum() + weights[0].sum()).backward()
+    assert not started
+    gradients.added(weights[1])
+    assert started == [5, 4]
+    gradients.reduce()
+    assert started == [5, 4]
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_momentum_is_torchs_sgd_at_a_constant_rate(nesterov: bool) -> None:
     recipe = replace(RESNET20, nesterov=nesterov, weight_decay=0.01)
     ours, theirs = (torch.nn.Linear(5, 3) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    optimiser = training.Momentum(ours, recipe, None)
+    optimiser = training.Momentum(ours, recipe, Team())
     reference = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
     for seed in range(4):
         x = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))

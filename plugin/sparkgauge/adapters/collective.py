@@ -11,10 +11,11 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparkgauge.adapters.shared_sums import SharedSums
 from sparkgauge.errors import MachineError
 from sparkgauge.job import Job
 
@@ -86,11 +87,48 @@ def _listener(host: str, port: int = 0) -> socket.socket:
         ) from error
 
 
+@dataclass(frozen=True)
+class Team:
+    """All executors of a round, as one of them reaches the others."""
+
+    group: Any = None
+    """The process group of all executors; None for one."""
+    shared: SharedSums | None = None
+    """The way through shared memory, where all are on one machine and train on its CPU."""
+
+    def start_sum(self, values: Any) -> Callable[[], None]:
+        """Begin to sum the contiguous tensor ``values`` over the executors in place; return what waits for the end.
+
+        NCCL's wait only orders the streams: no host waits for a GPU.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if self.group is None:
+            return _nothing
+        if self.shared is not None and values.dtype == torch.float32:
+            return self.shared.start(values.detach().numpy().reshape(-1)).wait
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+        return functools.partial(_wait, work, spin=not values.is_cuda)
+
+    def gather(self, values: Any) -> Any:
+        """Return the tensors ``values`` of all executors, of shape (executors, ...), by rank."""
+        import torch.distributed as dist
+
+        every = values.new_empty((self.group.size(), *values.shape))
+        dist.all_gather_into_tensor(every, values, group=self.group)
+        return every
+
+
+def _nothing() -> None:
+    """Stand for waiting where there is nobody to wait for."""
+
+
 @contextlib.contextmanager
-def open_group(
+def open_team(
     job: Job, rank: int, address: StoreAddress | None, device: str = "cpu", attempt: int = 0
-) -> Iterator[Any]:
-    """Yield the process group of all executors (gloo, or NCCL on ``gpu``), None for one; set ``job.threads`` threads.
+) -> Iterator[Team]:
+    """Yield the team of all executors (gloo, or NCCL on ``gpu``); set ``job.threads`` threads.
 
     Each ``attempt`` of a stage has keys of its own in the store: the last one's name processes that are gone.
     ConnectionResetError where a peer goes away while it is open.
@@ -99,7 +137,7 @@ def open_group(
 
     _limit_threads(torch, job.threads)
     if job.executors == 1 or address is None:
-        yield None
+        yield Team()
         return
     import torch.distributed as dist
 
@@ -108,14 +146,29 @@ def open_group(
     with peer_errors():
         store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=_meeting())
         store = dist.PrefixStore(f"attempt-{attempt}", store)
-        on_gpu = {"device_id": torch.device("cuda", 0)} if device == "gpu" else {}
         backend = "nccl" if device == "gpu" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=job.executors, **on_gpu)
+        settings = _nccl_settings() if device == "gpu" else {}
+        dist.init_process_group(backend, store=store, rank=rank, world_size=job.executors, **settings)
+    shared = None
     try:
         with peer_errors():
-            yield dist.group.WORLD
+            shared = SharedSums.meet(store, rank, job.executors) if device == "cpu" else None
+            yield Team(dist.group.WORLD, shared)
     finally:
+        if shared is not None:
+            shared.close()
         dist.destroy_process_group()
+
+
+def _nccl_settings() -> dict[str, Any]:
+    """Return this process's GPU, and that small sums go before the kernels that compute while they travel."""
+    import torch
+    import torch.distributed as dist
+
+    return {
+        "device_id": torch.device("cuda", 0),
+        "pg_options": dist.ProcessGroupNCCL.Options(is_high_priority_stream=True),
+    }
 
 
 @contextlib.contextmanager
@@ -136,18 +189,21 @@ class FlatGradients:
     of them the earlier ones travel while the later ones are computed.
     """
 
-    def __init__(self, parameters: Sequence[Any], group: Any, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, parameters: Sequence[Any], team: Team, bucket_bytes: int = BUCKET_BYTES) -> None:
         """Give each of ``parameters`` (dense float32 tensors) a view of the buffer as its ``grad``."""
         import torch
 
-        self._group = group
+        self._team = team
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
         self.bytes_reduced = 0
         """Payload handed to all-reduce so far."""
         self._waits = Stopwatch(self.flat.is_cuda)
         self._buckets = _buckets([p.numel() for p in parameters], bucket_bytes)
+        self._bucket_of = {
+            id(parameters[i]): bucket for bucket, (members, _) in enumerate(self._buckets) for i in members
+        }
         self._waiting = [0] * len(self._buckets)
-        self._started: list[Any] = []
+        self._started: list[Callable[[], None]] = []
         self._attach(parameters)
 
     @property
@@ -174,13 +230,21 @@ class FlatGradients:
 
         Every executor must call it.
         """
-        if self._group is None:
+        if self._team.group is None:
             return
         with self._waits:
             while len(self._started) < len(self._buckets):  # all of them where there was no backward pass
                 self._start_next()
-            for work in self._started:
-                _wait(work, spin=not self.flat.is_cuda)
+            for finish in self._started:
+                finish()
+
+    def added(self, parameter: Any) -> None:
+        """Note that a gradient is complete, so that its bucket may travel when it was the last one missing."""
+        if self._team.group is None or len(self._buckets) == 1:
+            return
+        self._waiting[self._bucket_of[id(parameter)]] -= 1
+        while len(self._started) < len(self._buckets) and not self._waiting[len(self._started)]:
+            self._start_next()
 
     def _attach(self, parameters: Sequence[Any]) -> None:
         start = 0
@@ -188,36 +252,42 @@ class FlatGradients:
             # the parameter's own strides: accumulating into another layout is a transposition per step
             parameter.grad = self.flat.as_strided(parameter.shape, parameter.stride(), start)
             start += parameter.numel()
-        if self._group is None or len(self._buckets) == 1:
-            return
-        for bucket, (members, _) in enumerate(self._buckets):
-            for index in members:
-                parameters[index].register_post_accumulate_grad_hook(functools.partial(self._filled, bucket))
-
-    def _filled(self, bucket: int, parameter: Any) -> None:
-        self._waiting[bucket] -= 1
-        while len(self._started) < len(self._buckets) and not self._waiting[len(self._started)]:
-            self._start_next()
+        if self._team.group is not None and len(self._buckets) > 1:
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(self.added)
 
     def _start_next(self) -> None:
-        import torch.distributed as dist
-
         part = self.flat[self._buckets[len(self._started)][1]]
         self.bytes_reduced += part.numel() * part.element_size()
-        self._started.append(dist.all_reduce(part, group=self._group, async_op=True))
+        self._started.append(self._team.start_sum(part))
 
 
 class Exchange:
-    """Small sums over the executors in the middle of a step, such as those of batch normalisation."""
+    """Small sums over the executors in the middle of a step, such as those of batch normalisation.
 
-    def __init__(self, group: Any, *, on_gpu: bool = False) -> None:
-        self.group = group
+    While a sum travels the executor does what was put off for such a moment: gradients of filters, which nothing
+    that follows in the backward pass needs.
+    """
+
+    def __init__(self, team: Team, *, on_gpu: bool = False) -> None:
+        self._team = team
         self.bytes_reduced = 0
+        self.shares: tuple[int, ...] = ()
+        """Images of each executor in the step at hand; empty where nobody said so."""
+        self.added: Callable[[Any], None] = _ignore
+        """Called with a parameter whose gradient was put off and is now complete."""
+        self._counts: dict[tuple[tuple[int, ...], int], tuple[Any, Any]] = {}
+        self._put_off: list[tuple[Callable[[], Any], Any]] = []
         self._waits = Stopwatch(on_gpu)
 
     @property
+    def alone(self) -> bool:
+        """Return whether there is nobody to exchange with."""
+        return self._team.group is None
+
+    @property
     def seconds(self) -> float:
-        """Return how long the sums took so far; on a GPU the host waits for the last of them."""
+        """Return how long sums were waited for so far; on a GPU the host waits for the last of them."""
         return self._waits.seconds
 
     @property
@@ -227,13 +297,49 @@ class Exchange:
 
     def sum_(self, values: Any) -> Any:
         """Return the tensor ``values`` after summing it over the executors in place."""
-        if self.group is not None:
-            import torch.distributed as dist
-
+        if not self.alone:
+            finish = self._team.start_sum(values)
+            self.work_off()
             with self._waits:
-                _wait(dist.all_reduce(values, group=self.group, async_op=True), spin=not values.is_cuda)
+                finish()
             self.bytes_reduced += values.numel() * values.element_size()
         return values
+
+    def gather(self, values: Any) -> Any:
+        """Return the tensors ``values`` of all executors, stacked by rank."""
+        with self._waits:
+            every = self._team.gather(values)
+        self.bytes_reduced += values.numel() * values.element_size()
+        return every
+
+    def counts(self, images: Any) -> tuple[Any, Any]:
+        """Return how many numbers per channel each executor has, ``images`` (b, c, h, w) being this one's.
+
+        Two tensors (executors,) on its device: float32, and int32.
+        """
+        pixels = images.shape[2] * images.shape[3]
+        key = self.shares, pixels
+        if key not in self._counts:
+            import torch
+
+            numbers = torch.tensor([share * pixels for share in self.shares], device=images.device)
+            self._counts[key] = numbers.float(), numbers.int()
+        return self._counts[key]
+
+    def put_off(self, gradient: Callable[[], Any], parameter: Any) -> None:
+        """Add ``gradient()`` to the parameter's own during the next sum, or when :meth:`work_off` is called."""
+        self._put_off.append((gradient, parameter))
+
+    def work_off(self) -> None:
+        """Do what was put off; call it after the backward pass."""
+        while self._put_off:
+            gradient, parameter = self._put_off.pop(0)
+            parameter.grad.add_(gradient())
+            self.added(parameter)
+
+
+def _ignore(parameter: Any) -> None:
+    """Stand for who is told of complete gradients where nobody is."""
 
 
 class Stopwatch:
@@ -307,15 +413,14 @@ def _wait(work: Any, *, spin: bool) -> None:
     work.wait()
 
 
-def all_reduce_(array: Any, group: Any) -> float:
+def all_reduce_(array: Any, team: Team) -> float:
     """Sum a contiguous numpy float32 array over the executors in place; return the seconds it took."""
-    if group is None:
+    if team.group is None:
         return 0.0
     import torch
-    import torch.distributed as dist
 
     began = time.perf_counter()
-    _wait(dist.all_reduce(torch.from_numpy(array), group=group, async_op=True), spin=True)
+    team.start_sum(torch.from_numpy(array))()
     return time.perf_counter() - began
 
 

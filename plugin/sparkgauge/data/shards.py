@@ -67,6 +67,12 @@ class Sampler:
         """Return this rank's part of the global batch; parts differ by at most one image and may be empty."""
         return _share(self.global_batch_size(step), self.executors, self.rank)
 
+    def shares(self, step: int) -> tuple[int, ...]:
+        """Return how many images each executor has in the global step, by rank."""
+        size = self.global_batch_size(step)
+        parts = (_share(size, self.executors, rank) for rank in range(self.executors))
+        return tuple(part.stop - part.start for part in parts)
+
     def batch(self, step: int) -> NDArray[np.int64]:
         """Return the indices (read-only) of this rank's training images in the global step (0-based)."""
         if step < 0:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sparkgauge.adapters.caffe.engine import Engine
-from sparkgauge.adapters.collective import all_reduce_
+from sparkgauge.adapters.collective import Team, all_reduce_
 from sparkgauge.caffe import weights
 from sparkgauge.caffe.plan import Plan
 from sparkgauge.caffe.sources import ImageShard, IndexShard
@@ -133,8 +133,8 @@ def parts(global_batch: int, passes: int, executors: int, rank: int) -> list[int
 class Summed:
     """Sums one flat buffer over all executors, on the CPU or on its GPU, and counts bytes and waiting."""
 
-    def __init__(self, group: Any, *, on_device: bool) -> None:
-        self.group, self.on_device = group, on_device
+    def __init__(self, team: Team, *, on_device: bool) -> None:
+        self.team, self.on_device = team, on_device
         self.reduced_bytes = 0
         self.seconds = 0.0
         self._marks: list[tuple[Any, Any]] = []
@@ -143,11 +143,11 @@ class Summed:
         """Return when ``flat`` holds the sums; on a GPU when that is queued, which no host waits for."""
         self.reduced_bytes += flat.nbytes
         if not self.on_device:
-            self.seconds += all_reduce_(flat, self.group)
+            self.seconds += all_reduce_(flat, self.team)
             return
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
-        torch.distributed.all_reduce(flat, group=self.group)
+        torch.distributed.all_reduce(flat, group=self.team.group)
         after.record()
         self._marks.append((before, after))
 
@@ -163,7 +163,7 @@ class Trainer:
 
     def __init__(self, engine: Engine, plan: Plan, context: Context, shard: ImageShard) -> None:
         self._engine, self._context, self._shard = engine, context, shard
-        self.summed = Summed(context.handle.group, on_device=context.device == "gpu")
+        self.summed = Summed(context.handle.team, on_device=context.device == "gpu")
         self._passes = plan.passes
         self._reduce = self.summed if context.executors > 1 else None
         part = shard.test_range
@@ -237,10 +237,10 @@ class Trainer:
         """Sum a small array over all executors in place."""
         if self.summed.on_device:
             moved = torch.from_numpy(array).cuda()
-            torch.distributed.all_reduce(moved, group=self.summed.group)
+            torch.distributed.all_reduce(moved, group=self.summed.team.group)
             array[...] = moved.cpu().numpy()
         else:
-            all_reduce_(array, self.summed.group)
+            all_reduce_(array, self.summed.team)
 
 
 class _GpuTrainer(Trainer):

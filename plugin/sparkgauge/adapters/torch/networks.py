@@ -134,7 +134,7 @@ class ResNet20(nn.Module):
 
     def __init__(self, draws: Draws, exchange: Exchange) -> None:
         super().__init__()
-        self.conv = _he(draws, 3, 16)
+        self.conv = _he(draws, exchange, 3, 16)
         self.norm = BatchNorm(16, exchange)
         widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
         self.blocks = nn.Sequential(*(Block(draws, exchange, *pair) for pair in itertools.pairwise(widths)))
@@ -144,7 +144,7 @@ class ResNet20(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (b, 10) of normalised images (b, 3, 32, 32)."""
-        x = self.blocks(functional.relu(self.norm(self.conv(x))))  # (b, 64, 8, 8)
+        x = self.blocks(self.norm(self.conv(x)).relu_())  # (b, 64, 8, 8)
         return self.dense(x.mean((2, 3)))
 
 
@@ -154,18 +154,19 @@ class Block(nn.Module):
     def __init__(self, draws: Draws, exchange: Exchange, before: int, after: int) -> None:
         super().__init__()
         self._grows = after - before
-        self.conv1 = _he(draws, before, after, stride=2 if self._grows else 1)
+        self.conv1 = _he(draws, exchange, before, after, stride=2 if self._grows else 1)
         self.norm1 = BatchNorm(after, exchange)
-        self.conv2 = _he(draws, after, after)
+        self.conv2 = _he(draws, exchange, after, after)
         self.norm2 = BatchNorm(after, exchange)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output; missing channels of the shortcut are zero."""
-        y = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
+        # in place, since a norm keeps its input alone: a fifth of the traffic of the passes between convolutions
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu_()))
         if self._grows:
             half = self._grows // 2
             x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, self._grows - half))
-        return functional.relu(y + x)
+        return y.add_(x).relu_()
 
 
 class Speedrun(nn.Module):
@@ -206,8 +207,8 @@ class WideBlock(nn.Module):
     def __init__(self, draws: Draws, exchange: Exchange, before: int, after: int) -> None:
         super().__init__()
         norm = functools.partial(BatchNorm, scaled=False, momentum=0.4, epsilon=1e-12, bias_rate=64.0)
-        self.conv1, self.norm1 = _dirac(draws, before, after), norm(after, exchange)
-        self.conv2, self.norm2 = _dirac(draws, after, after), norm(after, exchange)
+        self.conv1, self.norm1 = _dirac(draws, exchange, before, after), norm(after, exchange)
+        self.conv2, self.norm2 = _dirac(draws, exchange, after, after), norm(after, exchange)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, after, side // 2, side // 2)."""
@@ -241,19 +242,21 @@ class BatchNorm(nn.Module):
         self.bias = parameter(torch.zeros(channels), rate=bias_rate, decay=1 / bias_rate)
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self._exchange, self._momentum, self._epsilon = exchange, momentum, epsilon
+        self.exchange, self.momentum, self.epsilon = exchange, momentum, epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` (b, c, h, w) normalised, scaled and shifted per channel."""
-        if not self.training or (self._exchange.group is None and x.is_cuda):
-            state = (self.running_mean, self.running_var, self.weight, self.bias)
-            return functional.batch_norm(x, *state, self.training, self._momentum, self._epsilon)
-        normalise = _GlobalNormOnGpu if x.is_cuda and len(x) else _GlobalNorm
-        y, mean, variance, count = normalise.apply(x, self.weight, self.bias, self._exchange, self._epsilon)
+        running = self.running_mean, self.running_var
+        if not self.training or (self.exchange.alone and x.is_cuda):
+            state = (*running, self.weight, self.bias)
+            return functional.batch_norm(x, *state, self.training, self.momentum, self.epsilon)
+        if x.is_cuda and all(self.exchange.shares):
+            return _GlobalNormOnGpu.apply(x, self.weight, self.bias, running, self)
+        y, mean, variance, count = _GlobalNorm.apply(x, self.weight, self.bias, self.exchange, self.epsilon)
         with torch.no_grad():
             unbiased = variance * (count / (count - 1))
-            self.running_mean.lerp_(mean, self._momentum)
-            self.running_var.lerp_(unbiased, self._momentum)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
         return y
 
 
@@ -281,7 +284,7 @@ class _GlobalNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         x, weight, mean, variance, inverse, total = ctx.saved_tensors
-        if ctx.exchange.group is None:
+        if ctx.exchange.alone:
             state = (None, None, mean, inverse)
             fused = torch.ops.aten.native_batch_norm_backward
             return *fused(dy, x, weight, *state, True, ctx.epsilon, [True, True, True]), None, None
@@ -298,32 +301,63 @@ class _GlobalNorm(torch.autograd.Function):
 
 
 class _GlobalNormOnGpu(torch.autograd.Function):
-    """The same by the kernels of torch.nn.SyncBatchNorm, which read the images once a pass and take bfloat16."""
+    """The same by the kernels of torch.nn.SyncBatchNorm, where every executor has images.
+
+    They read the images once a pass, take bfloat16, and need one small kernel before and after each collective.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, exchange: Exchange, epsilon: float) -> Any:
-        x = x.contiguous(memory_format=torch.channels_last)
-        mean, inverse = torch.batch_norm_stats(x, epsilon)
-        count = mean.new_full((1,), x.numel() // x.shape[1])
-        squares = inverse.pow(-2).sub_(epsilon).addcmul_(mean, mean)
-        mean, variance, inverse, total = _shared_moments(exchange, mean * count, squares * count, count, epsilon)
-        ctx.save_for_backward(x, weight, mean, inverse, total[None].int())
-        ctx.exchange = exchange
-        ctx.mark_non_differentiable(mean, variance, total)
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, epsilon), mean, variance, total
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Any, ...], norm: BatchNorm) -> Tensor:
+        x, channels, epsilon = x.contiguous(memory_format=torch.channels_last), x.shape[1], norm.epsilon
+        moments = norm.exchange.gather(torch.cat(torch.batch_norm_stats(x, epsilon)))  # (executors, 2 c)
+        numbers, counts = norm.exchange.counts(x)
+        every = moments[:, :channels], moments[:, channels:]
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(x, *every, *running, norm.momentum, epsilon, numbers)
+        ctx.save_for_backward(x, weight, mean, inverse, counts)
+        ctx.exchange = norm.exchange
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, epsilon)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        x, weight, mean, inverse, total = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, mean, inverse, counts = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        own_dy, own_product, d_weight, d_bias = torch.batch_norm_backward_reduce(
-            dy, x, mean, inverse, weight, True, True, True
-        )
-        # of dy * normalised x, as an executor without images counts it
-        sums = ctx.exchange.sum_(torch.cat([own_dy, own_product * inverse]))
-        sum_dy, sum_product = sums.chunk(2)
-        dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse, weight, sum_dy, sum_product / inverse, total)
+        *own, d_weight, d_bias = torch.batch_norm_backward_reduce(dy, x, mean, inverse, weight, True, True, True)
+        sums = ctx.exchange.sum_(torch.cat(own)).chunk(2)  # of dy, and of dy * (x - mean)
+        dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse, weight, *sums, counts)
         return dx, d_weight, d_bias, None, None
+
+
+class Convolution(nn.Conv2d):
+    """A 3 x 3 convolution without bias whose filters' gradients are computed while sums over executors travel."""
+
+    def __init__(self, exchange: Exchange, before: int, after: int, stride: int = 1) -> None:
+        super().__init__(before, after, 3, stride=stride, padding=1, bias=False)
+        self._exchange = exchange
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution (b, after, h, w) of ``x`` (b, before, h, w), each side divided by the stride."""
+        if self._exchange.alone or not torch.is_grad_enabled():
+            return super().forward(x)
+        return _Convolution.apply(x, self.weight, self.stride[0], self._exchange)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, exchange: Exchange) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.exchange = weight, exchange
+        ctx.geometry = None, (stride, stride), (1, 1), (1, 1), False, (0, 0), 1  # no bias, stride, padding, dilation
+        return functional.conv2d(x, weight, stride=stride, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        backward = torch.ops.aten.convolution_backward
+        operands = dy.contiguous(memory_format=torch.channels_last), x.to(dy.dtype), ctx.weight.detach().to(dy.dtype)
+        geometry = ctx.geometry
+        dx = backward(*operands, *geometry, (True, False, False))[0] if ctx.needs_input_grad[0] else None
+        ctx.exchange.put_off(lambda: backward(*operands, *geometry, (False, True, False))[1], ctx.weight)
+        return dx, None, None, None
 
 
 def _shared_moments(
@@ -438,15 +472,15 @@ def _layer(shape: tuple[int, ...]) -> Any:
     return nn.Conv2d(shape[1], shape[0], shape[2], padding=shape[2] // 2)
 
 
-def _he(draws: Draws, before: int, after: int, stride: int = 1) -> nn.Module:
-    layer = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+def _he(draws: Draws, exchange: Exchange, before: int, after: int, stride: int = 1) -> nn.Module:
+    layer = Convolution(exchange, before, after, stride=stride)
     layer.weight = parameter(draws.normal((after, before, 3, 3), math.sqrt(2 / (9 * after))))
     return layer
 
 
-def _dirac(draws: Draws, before: int, after: int) -> nn.Module:
+def _dirac(draws: Draws, exchange: Exchange, before: int, after: int) -> nn.Module:
     """Return a convolution whose first ``before`` outputs are its inputs; the others begin as PyTorch's own do."""
-    layer = nn.Conv2d(before, after, 3, padding=1, bias=False)
+    layer = Convolution(exchange, before, after)
     weight = draws.normal((after, before, 3, 3), math.sqrt(1 / (3 * 9 * before)))
     passed = min(before, after)
     weight[:passed] = 0

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from sparkgauge.adapters.collective import Exchange, FlatGradients
+from sparkgauge.adapters.collective import Exchange, FlatGradients, Team
 from sparkgauge.adapters.memory import keep_freed_memory
 from sparkgauge.adapters.replay import Replayed
 from sparkgauge.adapters.torch.checkpoint import (
@@ -80,12 +80,13 @@ class Trainer:
         self._device = device_of(context)
         self._on_gpu = context.device == "gpu"
         _set_up(self._on_gpu)
-        self._exchange = Exchange(context.handle.group, on_gpu=self._on_gpu)
+        self._exchange = Exchange(context.handle.team, on_gpu=self._on_gpu)
         self._inputs = inputs_of(recipe, context, shard, self._device)
         self._network = build(recipe, context.seed, self._exchange, width_of(context.options)).to(self._device)
         if isinstance(self._network, Speedrun):
             self._network.prepare(self._inputs.normalised(shard.images[:WHITENING_IMAGES]))
-        self._optimiser = Momentum(self._network, recipe, context.handle.group)
+        self._optimiser = Momentum(self._network, recipe, context.handle.team)
+        self._exchange.added = self._optimiser.gradients.added
         self._averages = _Averages(self._optimiser.values) if recipe.averaged else None
         self._lookahead = _Lookahead(self._state()) if recipe.lookahead else None
         self._total = context.total_steps(shard)
@@ -111,6 +112,7 @@ class Trainer:
         """Run one training step on this executor's part of the global batch, which may be empty."""
         if not self._network.training:
             self._network.train()
+        self._exchange.shares = self._shard.sampler.shares(step.index)
         arguments = self._inputs.arguments(step)
         scalars = self._scalars(rate, step.global_batch)
         if self._replayed is None:
@@ -143,6 +145,7 @@ class Trainer:
         smoothing = self._recipe.label_smoothing
         loss_sum = functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
         loss_sum.backward()
+        self._exchange.work_off()
         self._optimiser.step(scalars[0], scalars[1])
         return loss_sum.detach()
 
@@ -224,11 +227,11 @@ class Trainer:
 class Momentum:
     """SGD as Caffe does it, on flat arrays: the rate goes into the history, decay counts as gradient."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe, group: Any) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe, team: Team) -> None:
         """Move the network's parameters into one buffer, of which they become views."""
         parameters = list(network.parameters())
         self.values = _flatten(parameters)
-        self.gradients = FlatGradients(parameters, group)
+        self.gradients = FlatGradients(parameters, team)
         self._momentum, self._nesterov = recipe.momentum, recipe.nesterov
         self._rates = _spread(parameters, "rate_factor")
         self._decays = recipe.weight_decay * _spread(parameters, "decay_factor")
@@ -347,7 +350,7 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
     _set_up(context.device == "gpu")
     network = make().to(device, memory_format=torch.channels_last)
     trainable = [p for p in network.parameters() if p.requires_grad]
-    gradients = FlatGradients(trainable, context.handle.group)
+    gradients = FlatGradients(trainable, context.handle.team)
     sgd = torch.optim.SGD(trainable, lr=options["learning_rate"], momentum=options["momentum"])
     restore_module(context, network, sgd)
     for step in context.steps(shard):

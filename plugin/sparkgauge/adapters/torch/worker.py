@@ -12,7 +12,7 @@ from typing import Any
 from sparkgauge import executor
 from sparkgauge.adapters import collective
 from sparkgauge.adapters.barrier import Peers
-from sparkgauge.adapters.collective import StoreAddress
+from sparkgauge.adapters.collective import StoreAddress, Team
 from sparkgauge.errors import MachineError
 from sparkgauge.job import Job
 
@@ -34,6 +34,8 @@ class Handle:
     """The process group of all executors; None for one."""
     device: Any
     """The ``torch.device`` to train on."""
+    team: Team
+    """The group, and the shorter way to executors on this machine."""
 
 
 def main(
@@ -78,8 +80,8 @@ def _guarded(train: Callable[[Any, Any], Any]) -> executor.Train:
 def _handle(meeting: Meeting, job: Job, rank: int, stack: contextlib.ExitStack, attempt: int) -> Handle:
     torch = _torch(meeting)
     device = _device(torch, job)
-    group = stack.enter_context(collective.open_group(job, rank, meeting.store, job.device, attempt))
-    return Handle(group, device)
+    team = stack.enter_context(collective.open_team(job, rank, meeting.store, job.device, attempt))
+    return Handle(team.group, device, team)
 
 
 def _torch(meeting: Meeting) -> Any:
