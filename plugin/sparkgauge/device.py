@@ -27,7 +27,7 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 def synchroniser(device: str, handle: Any = None) -> Callable[[], None]:
     """Return what waits for all work queued on the device: the handle's own ``synchronise``, or PyTorch's.
 
-    TensorFlow's eager results are values: reading a step's loss has waited already.
+    TensorFlow's eager results are values: reading a loss, as its adapter does where a phase ends, has waited already.
     """
     own = getattr(handle, "synchronise", None)
     if callable(own):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sparkgauge import device
 from sparkgauge.channel import ExecutorChannel
 from sparkgauge.context import Context
-from sparkgauge.errors import DataError
+from sparkgauge.errors import DataError, GaugeError
 from sparkgauge.gpu_watch import GpuWatch
 from sparkgauge.job import Job
 from sparkgauge.machine import counters, grown, jvm_above, process_cpu_seconds, state_between, waited_seconds
@@ -67,11 +67,20 @@ def run(
     except BaseException as error:
         told = device.explained(error, job)
         with contextlib.suppress(OSError):  # the driver may have gone; Spark reports the exception as well
-            channel.send("error", summary=f"{type(told).__name__}: {told}", traceback=traceback.format_exc())
+            channel.send("error", summary=f"{type(told).__name__}: {told}", traceback=_traceback(error))
         raise
     finally:
         watch.stop()
         channel.close()
+
+
+def _traceback(error: BaseException) -> str:
+    """Return where ``error`` came from; nothing where it says all itself and no code but this package's was on the way."""
+    files = (Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
+    own = Path(__file__).parent
+    if isinstance(error, GaugeError) and all(file.is_relative_to(own) for file in files):
+        return ""
+    return "".join(traceback.format_exception(error))
 
 
 class _Watch:

@@ -87,13 +87,16 @@ def _caffe_pool(images: np.ndarray, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [3, 9, 64])
 @pytest.mark.parametrize("scale", [0.1, 30.0])
-def test_local_response_norm_is_tensorflows_in_value_and_gradient(channels: int, scale: float) -> None:
+@pytest.mark.parametrize("norm", [networks._local_response_norm, networks.response_norm_on_gpu])
+def test_local_response_norm_is_tensorflows_in_value_and_gradient(
+    norm: Callable[[Any], Any], channels: int, scale: float
+) -> None:
     x, weight = tf.constant(_noise((2, 3, 3, channels)) * scale), tf.constant(_noise((2, 3, 3, channels)))
 
     def reference(values: Any) -> Any:
         return tf.nn.lrn(values, depth_radius=4, bias=1.0, alpha=0.001 / 9, beta=0.75)
 
-    ours, theirs = (_with_gradient(norm, x, weight) for norm in (networks._local_response_norm, reference))
+    ours, theirs = (_with_gradient(one, x, weight) for one in (norm, reference))
     for our, their in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-6 * scale)
 

@@ -24,19 +24,29 @@ AVERAGE_DECAY = 0.9999
 def train(model: str, context: Context, shard: Shard) -> None:
     """Train ``model`` for the context's steps and test on the whole test set, at the end and every ``test_every``."""
     recipe = RECIPES[model]
-    trainer = _Trainer(recipe, context, shard)
+    trainer = _trainer(recipe, context, shard)
     total = context.total_steps(shard)
-    for step in context.steps(shard):
+    for step in context.steps(trainer.feed):
         trainer.step(step)
         if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
             trainer.test()
     trainer.test()
 
 
+def _trainer(recipe: Recipe, context: Context, shard: Shard) -> Any:
+    if context.device == "cpu":
+        return _Trainer(recipe, context, shard)
+    from sparkgauge.adapters.tensorflow.resident import ResidentTrainer
+
+    return ResidentTrainer(recipe, context, shard, AVERAGE_DECAY)
+
+
 class _Trainer:
-    """The model, its optimiser state and its compiled functions."""
+    """The model, its optimiser state and its compiled functions on a CPU; images are prepared by numpy."""
 
     def __init__(self, recipe: Recipe, context: Context, shard: Shard) -> None:
+        self.feed = shard
+        """What the steps take their batches from."""
         self._recipe, self._context, self._shard = recipe, context, shard
         self._network = build(recipe, context.seed)
         self._optimiser = _Momentum(recipe, self._network)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sparkgauge.adapters.blocks import Ahead, Distortions, drawn, numbered
 from sparkgauge.context import Context, Step
-from sparkgauge.data.augment import (
-    Augmentation,
-    augmentation_parameters,
-    crop_flip,
-    first_flips,
-    mirrored,
-    padded,
-    reflected,
-    shift_flip_parameters,
-)
+from sparkgauge.data.augment import Augmentation, crop_flip, mirrored, padded, reflected
 from sparkgauge.data.shards import Shard
 from sparkgauge.models.cifar10 import Recipe
 
 Tensor = Any
-
-BLOCK_STEPS = 50
-"""Steps whose row numbers and distortions travel to a GPU together."""
 
 
 def inputs_of(recipe: Recipe, context: Context, shard: Shard, device: Any) -> Inputs:
@@ -41,7 +29,7 @@ class Inputs:
         self.recipe, self.shard, self.device = recipe, shard, device
         self.feed = shard
         """What ``context.steps`` takes this executor's batches from."""
-        self._seed = context.seed
+        self._distortions = Distortions(recipe, context.seed, shard.sampler)
         self._mean = torch.from_numpy(np.array(shard.mean_image)).permute(2, 0, 1)[None].to(device)
         if recipe.channel_scaled:
             # like the mean image, of the whole training set, so the same on every executor
@@ -49,12 +37,10 @@ class Inputs:
             self._colour = np.rint(channel_mean).astype(np.uint8)
             self._mean = torch.from_numpy(channel_mean)[None, :, None, None].to(device)
             self._scale = 1 / torch.from_numpy(_deviations(shard.images))[None, :, None, None].to(device)
-        if recipe.alternating_flip:
-            self._first_flips = first_flips(context.seed, shard.sampler.count)
 
     def arguments(self, step: Step) -> tuple[Tensor, ...]:
         """Return what :meth:`batch` makes this executor's part of the global batch of, on the device."""
-        images, own = step.images, self._distortions(step.index)
+        images, own = step.images, self._distortions.of(step.index)
         if own is not None:
             size = self.recipe.input_size
             images = crop_flip(self.framed(images), size=size, offsets=own.offsets, flips=own.flips)
@@ -80,23 +66,6 @@ class Inputs:
     def normalised(self, images: NDArray[np.uint8]) -> Tensor:
         """Return ``images`` minus the mean, scaled per channel where the recipe says so."""
         return self._scaled(self._pixels(images))
-
-    def _distortions(self, index: int) -> Augmentation | None:
-        """Return how this executor's images are distorted in step ``index``; None for not at all.
-
-        The same at any number of executors.
-        """
-        recipe, sampler = self.recipe, self.shard.sampler
-        share, global_batch = sampler.share(index), sampler.global_batch_size(index)
-        if recipe.augment:
-            return augmentation_parameters(self._seed, index, global_batch, recipe.input_size).part(share)
-        if not recipe.shift:
-            return None
-        own = shift_flip_parameters(self._seed, index, global_batch, recipe.shift).part(share)
-        if not recipe.alternating_flip:
-            return own
-        odd = bool(sampler.epoch(index) % 2)
-        return dataclasses.replace(own, flips=self._first_flips[sampler.batch(index)] ^ odd)
 
     def framed(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return ``images`` with the border that the recipe's shifts need."""
@@ -133,20 +102,14 @@ class ResidentInputs(Inputs):
         super().__init__(recipe, context, shard, device)
         self._images = self._framed_there(torch.from_numpy(np.array(shard.images)).to(device))  # (N, rows, columns, 3)
         self._labels = torch.from_numpy(shard.labels.astype(np.int64)).to(device)
-        rows: Any = np.arange(len(shard.labels))
-        self.feed = dataclasses.replace(shard, images=rows)  # a batch is its row numbers
+        self.feed = numbered(shard)
         self._across = torch.arange(recipe.input_size, device=device)
-        self._blocks: dict[int, list[tuple[Tensor, ...]]] = {}
+        self._blocks = Ahead(self._sent)
 
     def arguments(self, step: Step) -> tuple[Tensor, ...]:
         """Return row numbers, crops and flips (4, b), and brightness and contrast, on their way to the GPU."""
-        number, place = divmod(step.index, BLOCK_STEPS)
-        if number not in self._blocks:
-            self._blocks = {number: self._sent(number)}
-        if place == BLOCK_STEPS - 1:  # while the GPU is still busy with the steps before
-            self._blocks[number + 1] = self._sent(number + 1)
-        self._blocks.pop(number - 1, None)
-        return self._blocks[number][place]
+        block, place = self._blocks.of(step.index)
+        return block[place]
 
     def batch(self, numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return the network's input, gathered on the GPU, and the labels."""
@@ -158,18 +121,17 @@ class ResidentInputs(Inputs):
 
     def _sent(self, number: int) -> list[tuple[Tensor, ...]]:
         """Return the arguments of each step of block ``number``, in one transfer."""
-        sampler, steps = self.shard.sampler, range(number * BLOCK_STEPS, (number + 1) * BLOCK_STEPS)
-        each = [(sampler.batch(index), self._distortions(index)) for index in steps]
-        sizes = [len(rows) for rows, _ in each]
-        numbers = np.zeros((4, sum(sizes)), np.int64)
-        numbers[0] = np.concatenate([rows for rows, _ in each])
-        if each[0][1] is not None:
-            numbers[1:3] = np.concatenate([own.offsets for _, own in each if own is not None]).T
-            numbers[3] = np.concatenate([own.flips for _, own in each if own is not None])
-        factors = torch.cat([self._factors(own) for _, own in each], 1)
+        block = drawn(self.shard.sampler, self._distortions, number)
+        sizes, own = block.sizes, block.distortions
+        numbers = np.zeros((4, len(block.rows)), np.int64)
+        numbers[0] = block.rows
+        if own is not None:
+            numbers[1:3] = own.offsets.T
+            numbers[3] = own.flips
+        factors = self._factors(own)
         parts = self._moved(torch.from_numpy(numbers)).split(sizes, 1)
-        drawn = self._moved(factors).split(sizes, 1) if factors.numel() else [factors.to(self.device)] * len(sizes)
-        return list(zip(parts, drawn, strict=True))
+        jitter = self._moved(factors).split(sizes, 1) if factors.numel() else [factors.to(self.device)] * len(sizes)
+        return list(zip(parts, jitter, strict=True))
 
     def _moved(self, values: Tensor) -> Tensor:
         if self.device.type == "cuda" and values.numel():
