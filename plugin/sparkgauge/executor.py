@@ -75,7 +75,7 @@ def run(
 
 
 def _traceback(error: BaseException) -> str:
-    """Return where ``error`` came from; nothing where it says all itself and no code but this package's was on the way."""
+    """Return where ``error`` came from; nothing for this package's own where only its own code was on the way."""
     files = (Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
     own = Path(__file__).parent
     if isinstance(error, GaugeError) and all(file.is_relative_to(own) for file in files):

@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="needs Triton, which PyTorch's builds for N
 
 from sparkgauge.adapters import fused
 from sparkgauge.adapters.collective import Exchange, Team
-from sparkgauge.adapters.torch.networks import BatchNorm, norm_over_channels
+from sparkgauge.adapters.torch.networks import norm_over_channels
+from sparkgauge.adapters.torch.norms import BatchNorm, _FusedNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOWS = [
@@ -95,28 +96,72 @@ def test_a_nan_is_not_lost():
     assert fused._AveragePool.apply(x, 3, 2, True).isnan().sum() == 1
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="these kernels of PyTorch's are CUDA's alone")
-def test_batch_norm_of_several_gpus_is_that_of_several_cpus():
-    class Alone(Exchange):
-        """Stands for one member of a group that has no others."""
+class Twice(Exchange):
+    """Stands for two executors that have the same images."""
 
-        shares = (6,)
+    alone = False
 
-        def sum_(self, values):
-            return values
+    def sum_(self, values):
+        return values.mul_(2)
 
-        def gather(self, values):
-            return values[None]
 
-    x, dy = images((6, 8, 5, 5), 3.0), images((6, 8, 5, 5))
-    results = {}
-    for device in ("cpu", "cuda"):
-        norm = BatchNorm(8, Alone(Team(object()))).to(device).train()
-        own = x.detach().to(device).requires_grad_()
-        y = norm(own)
-        y.backward(dy.to(device))
-        results[device] = [
-            one.detach().cpu() for one in (y, own.grad, norm.weight.grad, norm.bias.grad, norm.running_var)
+@pytest.mark.parametrize("executors", [1, 2])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("shape", [(3, 16, 5, 5), (40, 64, 8, 8), (2, 8, 1, 1)])
+def test_batch_norm_with_what_follows_it(shape, rectify, beside, executors):
+    drawn = torch.Generator().manual_seed(2)
+    x, added, dy = (torch.randn(shape, generator=drawn, dtype=torch.float64) * 3 + 1 for _ in range(3))
+    channels = shape[1]
+    wanted = torch.nn.BatchNorm2d(channels, dtype=torch.float64)
+    norm = BatchNorm(channels, Twice(Team("both")) if executors == 2 else Exchange(Team())).to(DEVICE).train()
+    norm.exchange.shares = (shape[0],) * executors
+    for values, theirs in ((norm.weight, wanted.weight), (norm.bias, wanted.bias)):
+        theirs.data.copy_(torch.randn(channels, generator=drawn, dtype=torch.float64))
+        values.data.copy_(theirs)
+    leaves = [one.clone().requires_grad_() for one in (x, added)]
+    y = wanted(torch.cat([leaves[0]] * executors))[: shape[0]]
+    y = y + leaves[1] if beside else y
+    (functional.relu(y) if rectify else y).backward(dy)
+    own = [one.float().contiguous(memory_format=torch.channels_last).to(DEVICE).requires_grad_() for one in (x, added)]
+    assert fused.fits_norm(own[0]) or DEVICE == "cpu"
+    found = _FusedNorm.apply(own[0], norm.weight, norm.bias, own[1] if beside else None, norm, rectify)
+    found.backward(dy.float().contiguous(memory_format=torch.channels_last).to(DEVICE))
+    near = {"rtol": 1e-4, "atol": 1e-4 * float(leaves[0].grad.abs().max() + 1)}
+    torch.testing.assert_close(found.detach().cpu().double(), (functional.relu(y) if rectify else y).detach(), **near)
+    pairs = [(norm.running_mean, wanted.running_mean), (norm.running_var, wanted.running_var)]
+    pairs += [(own[1].grad, leaves[1].grad)] if beside else []
+    if executors == 1:  # of two, the reference has the gradients of one half alone
+        pairs += [
+            (own[0].grad, leaves[0].grad),
+            (norm.weight.grad, wanted.weight.grad),
+            (norm.bias.grad, wanted.bias.grad),
         ]
-    for one, other in zip(*results.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for one, other in pairs:
+        torch.testing.assert_close(one.cpu().double(), other, **near)
+
+
+def test_gradients_of_batch_norm_over_two_executors():
+    x, dy = images((4, 16, 3, 3), 3.0), images((4, 16, 3, 3), 2.0)
+    whole = x.detach().cpu().double().repeat(2, 1, 1, 1).requires_grad_()
+    functional.relu(functional.batch_norm(whole, None, None, training=True)).backward(
+        dy.cpu().double().repeat(2, 1, 1, 1)
+    )
+    norm = BatchNorm(16, Twice(Team("both"))).to(DEVICE).train()
+    norm.exchange.shares = (4, 4)
+    own = x.detach().clone().requires_grad_()
+    _FusedNorm.apply(own, norm.weight, norm.bias, None, norm, True).backward(dy)
+    torch.testing.assert_close(own.grad.cpu().double(), whole.grad[:4], rtol=1e-3, atol=1e-4)
+
+
+def test_a_nan_is_not_rectified_away():
+    x = images((2, 16, 3, 3))
+    x[0, 3, 1, 1] = float("nan")
+    norm = BatchNorm(16, Exchange(Team())).to(DEVICE).train()
+    assert _FusedNorm.apply(x, norm.weight, norm.bias, None, norm, True)[:, 3].isnan().all()
+
+
+@pytest.mark.parametrize(("channels", "fit"), [(4, False), (8, True), (48, False), (1024, True), (2048, False)])
+def test_channels_that_the_kernels_of_a_norm_take(channels, fit, monkeypatch):
+    monkeypatch.setattr(fused, "fits", lambda x: True)
+    assert fused.fits_norm(torch.empty(1, channels, 1, 1)) == fit

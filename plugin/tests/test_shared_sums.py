@@ -27,10 +27,10 @@ ROUNDS = 40
 
 
 @pytest.fixture
-def store() -> Iterator[Any]:
+def store() -> Any:
     from torch.distributed import TCPStore
 
-    yield TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _run(store: Any, executors: int, function: Callable[..., None], *arguments: Any) -> list[Any]:

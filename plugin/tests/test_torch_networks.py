@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from sparkgauge.adapters import layout  # noqa: E402
 from sparkgauge.adapters.collective import Exchange, FlatGradients, Team, _buckets  # noqa: E402
-from sparkgauge.adapters.torch import inputs, networks, training, worker  # noqa: E402
+from sparkgauge.adapters.torch import inputs, networks, norms, training, worker  # noqa: E402
 from sparkgauge.context import Step  # noqa: E402
 from sparkgauge.data.shards import Shard  # noqa: E402
 from sparkgauge.errors import MachineError  # noqa: E402
@@ -123,7 +123,7 @@ def test_norm_over_executors_is_the_norm_of_the_whole_batch_in_value_and_gradien
     gradients = []
     for part in (slice(0, 6), slice(0, 0)):  # the second executor has no image
         own = [x[part].clone().requires_grad_(), *(v.clone().requires_grad_() for v in (weight, bias))]
-        out, *_ = networks._GlobalNorm.apply(*own, _TwoHalves(sums), 1e-5)
+        out, *_ = norms._GlobalNorm.apply(*own, _TwoHalves(sums), 1e-5)
         torch.testing.assert_close(out, y[part], rtol=1e-4, atol=1e-4)
         (out * pull[part]).sum().backward()
         gradients.append([leaf.grad for leaf in own])

@@ -111,14 +111,6 @@ class Team:
         work = dist.all_reduce(values, group=self.group, async_op=True)
         return functools.partial(_wait, work, spin=not values.is_cuda)
 
-    def gather(self, values: Any) -> Any:
-        """Return the tensors ``values`` of all executors, of shape (executors, ...), by rank."""
-        import torch.distributed as dist
-
-        every = values.new_empty((self.group.size(), *values.shape))
-        dist.all_gather_into_tensor(every, values, group=self.group)
-        return every
-
 
 def _nothing() -> None:
     """Stand for waiting where there is nobody to wait for."""
@@ -276,7 +268,6 @@ class Exchange:
         """Images of each executor in the step at hand; empty where nobody said so."""
         self.added: Callable[[Any], None] = _ignore
         """Called with a parameter whose gradient was put off and is now complete."""
-        self._counts: dict[tuple[tuple[int, ...], int], tuple[Any, Any]] = {}
         self._put_off: list[tuple[Callable[[], Any], Any]] = []
         self._waits = Stopwatch(on_gpu)
 
@@ -305,26 +296,10 @@ class Exchange:
             self.bytes_reduced += values.numel() * values.element_size()
         return values
 
-    def gather(self, values: Any) -> Any:
-        """Return the tensors ``values`` of all executors, stacked by rank."""
-        with self._waits:
-            every = self._team.gather(values)
-        self.bytes_reduced += values.numel() * values.element_size()
-        return every
-
-    def counts(self, images: Any) -> tuple[Any, Any]:
-        """Return how many numbers per channel each executor has, ``images`` (b, c, h, w) being this one's.
-
-        Two tensors (executors,) on its device: float32, and int32.
-        """
-        pixels = images.shape[2] * images.shape[3]
-        key = self.shares, pixels
-        if key not in self._counts:
-            import torch
-
-            numbers = torch.tensor([share * pixels for share in self.shares], device=images.device)
-            self._counts[key] = numbers.float(), numbers.int()
-        return self._counts[key]
+    def total(self, images: Any) -> int:
+        """Return how many numbers per channel all executors have together, ``images`` (b, c, h, w) being this one's."""
+        pixels: int = images.shape[2] * images.shape[3]
+        return pixels * (sum(self.shares) or len(images))
 
     def put_off(self, gradient: Callable[[], Any], parameter: Any) -> None:
         """Add ``gradient()`` to the parameter's own during the next sum, or when :meth:`work_off` is called."""

@@ -27,6 +27,12 @@ PIXELS = 64
 """Pixels whose windows a thread block multiplies with the filters at a time."""
 LONGEST_WINDOW = 128
 """Numbers of a window that a thread block holds."""
+NORM_NUMBERS = 4096
+"""Numbers of a norm's channels that a thread block holds at a time."""
+NORM_BLOCKS = 512
+"""Most thread blocks that add up: four for each multiprocessor of a large GPU."""
+NORM_COLUMNS = 16
+"""Channels whose sums one thread block adds up."""
 
 
 def max_pool(x: Tensor, kernel: int, stride: int, *, rectify: bool = False, round_up: bool = True) -> Tensor:
@@ -201,6 +207,126 @@ class _FirstConvolution(torch.autograd.Function):
         wanted = [False, *ctx.needs_input_grad[1:3]]
         found = aten.convolution_backward(_channels_last(dy), x, weight, [len(weight)], *geometry, wanted)
         return None, *(None if one is None else one.float() for one in found[1:]), None
+
+
+def fits_norm(x: Tensor) -> bool:
+    """Return whether the kernels of batch normalisation can take ``x`` (b, c, h, w)."""
+    channels = x.shape[1]
+    return 8 <= channels <= 1024 and channels & (channels - 1) == 0 and fits(x)
+
+
+def moments(x: Tensor) -> Tensor:
+    """Return per channel the sums of ``x`` and of its squares (2 c,), float32."""
+    rows, channels, height = _matrix(x)
+    blocks, tiles = _norm_grid(rows, height)
+    parts = x.new_empty((blocks, 2 * channels), dtype=torch.float32)
+    _norms().moments[(blocks,)](x, parts, rows, tiles, channels, height)
+    return _added_up(parts)
+
+
+def apply_norm(
+    x: Tensor,
+    beside: Tensor | None,
+    sums: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_variance: Tensor,
+    momentum: float,
+    epsilon: float,
+    count: int,
+    *,
+    rectify: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``x`` normalised by ``sums`` over ``count`` numbers, scaled, shifted, plus ``beside``, and rectified.
+
+    And mean and 1 / deviation (c,). The running statistics change in place.
+    """
+    rows, channels, height = _matrix(x)
+    y, (mean, inverse) = torch.empty_like(x), x.new_empty((2, channels), dtype=torch.float32)
+    tensors = (x, x if beside is None else beside, sums, weight, bias, running_mean, running_variance, mean, inverse, y)
+    numbers = (rows, float(count), momentum, epsilon)
+    _norms().apply[(-(-rows // height),)](*tensors, *numbers, channels, rectify, beside is not None, height)
+    return y, mean, inverse
+
+
+def norm_gradient_sums(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    *,
+    rectify: bool,
+    beside: bool,
+) -> tuple[Tensor, Tensor, bool]:
+    """Return per channel the sums (2 c,) of the gradients behind the ReLU and of these times the normalised ``x``.
+
+    And the gradients, with whether they have passed the ReLU: where something was added, whose gradients they are.
+    ``y`` is the result, which is needed then.
+    """
+    rows, channels, height = _matrix(x)
+    blocks, tiles = _norm_grid(rows, height)
+    passes = rectify and beside
+    parts, passed = x.new_empty((blocks, 2 * channels), dtype=torch.float32), torch.empty_like(dy) if passes else dy
+    tensors = (dy, x, y if passes else x, weight, bias, mean, inverse, parts, passed)
+    _norms().gradient_sums[(blocks,)](*tensors, rows, tiles, channels, rectify, beside, height)
+    return _added_up(parts), passed, passes
+
+
+def norm_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    sums: Tensor,
+    count: int,
+    *,
+    rectify: bool,
+) -> Tensor:
+    """Return the gradient of ``x`` by :func:`norm_gradient_sums`' sums over ``count`` numbers of all executors.
+
+    ``rectify`` where ``dy`` has not passed the ReLU yet.
+    """
+    rows, channels, height = _matrix(x)
+    dx = torch.empty_like(x)
+    tensors = (dy, x, weight, bias, mean, inverse, sums, dx)
+    _norms().gradient[(-(-rows // height),)](*tensors, rows, float(count), channels, rectify, height)
+    return dx
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int]:
+    """Return rows and columns of ``x`` (b, c, h, w) as pixels by channels, and how many rows a thread block holds."""
+    channels = x.shape[1]
+    return x.numel() // channels, channels, NORM_NUMBERS // channels
+
+
+def _norm_grid(rows: int, height: int) -> tuple[int, int]:
+    """Return how many thread blocks add up ``rows``, and how many times ``height`` rows each takes.
+
+    A power of two, since each number of times is compiled by itself.
+    """
+    tiles = -(-rows // height)
+    each = 1 << (-(-tiles // NORM_BLOCKS) - 1).bit_length()
+    return -(-tiles // each), each
+
+
+def _added_up(parts: Tensor) -> Tensor:
+    """Return the sums of the columns of ``parts`` (blocks, 2 c)."""
+    blocks, width = parts.shape
+    sums, height = parts.new_empty(width), 1 << (blocks - 1).bit_length()
+    _norms().add_up[(width // NORM_COLUMNS,)](parts, sums, blocks, width, height, NORM_COLUMNS)
+    return sums
+
+
+def _norms() -> Any:
+    from sparkgauge.adapters import triton_norms
+
+    return triton_norms
 
 
 def _pooled_shape(shape: Any, kernel: int, stride: int, *, round_up: bool = True) -> tuple[int, int, int, int]:

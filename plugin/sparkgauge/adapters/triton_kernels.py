@@ -277,17 +277,20 @@ def convolution_forward(
     tl.store(y_ptr + pixel[:, None] * FILTERS + n[None, :], y.to(element), mask=inside)
 
 
-def _hash_ahead() -> None:
-    """Compute what Triton computes once a process, 0.3 to 0.6 s of hashing itself: workers forked later inherit it."""
+def hash_ahead(names: dict[str, Any]) -> None:
+    """Compute what Triton computes once a process, 0.3 to 0.6 s of hashing itself: workers forked later inherit it.
+
+    ``names`` are a module's globals, with its kernels among them.
+    """
     try:
         from triton.runtime.cache import triton_key
         from triton.runtime.jit import JITFunction
     except ImportError:  # other versions keep them elsewhere, and hash when a kernel is first run
         return
     triton_key()
-    kernels: list[Any] = [one for one in globals().values() if isinstance(one, JITFunction)]
+    kernels: list[Any] = [one for one in names.values() if isinstance(one, JITFunction)]
     for kernel in kernels:
         _ = kernel.cache_key
 
 
-_hash_ahead()
+hash_ahead(globals())

@@ -15,6 +15,7 @@ from sparkgauge.adapters import fused
 from sparkgauge.adapters.collective import Exchange
 from sparkgauge.adapters.fused import average_pool, first_convolution, max_pool
 from sparkgauge.adapters.layout import blocked, dense
+from sparkgauge.adapters.torch.norms import BatchNorm, parameter
 from sparkgauge.models.cifar10 import CIFAR10_FULL, CIFAR10_QUICK, CIFAR10_TUTORIAL, RESNET20, SPEEDRUN, Recipe
 from sparkgauge.models.flops import speedrun_widths
 
@@ -23,10 +24,6 @@ Tensor = Any
 
 WHITENING_IMAGES = 5000
 """Training images whose patches decide the whitening filters: 4.8 million 2 x 2 patches."""
-
-
-CACHED_NUMBERS = 128 * 1024
-"""float32 numbers that stay in a core's second-level cache, with their squares."""
 
 
 def build(recipe: Recipe, seed: int, exchange: Exchange, width: float = 1.0) -> nn.Module:
@@ -62,13 +59,6 @@ class Draws:
         while cut and (far := values.abs() > 2).any():
             values[far] = torch.randn(int(far.sum()), generator=generator)
         return values * deviation
-
-
-def parameter(values: Tensor, *, rate: float = 1.0, decay: float = 1.0) -> nn.Parameter:
-    """Return ``values`` as a trainable parameter with its own factors of rate and decay."""
-    made = nn.Parameter(values)
-    made.rate_factor, made.decay_factor = rate, decay
-    return made
 
 
 class Quick(nn.Module):
@@ -144,7 +134,7 @@ class ResNet20(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (b, 10) of normalised images (b, 3, 32, 32)."""
-        x = self.blocks(self.norm(self.conv(x)).relu_())  # (b, 64, 8, 8)
+        x = self.blocks(self.norm(self.conv(x), rectify=True))  # (b, 64, 8, 8)
         return self.dense(x.mean((2, 3)))
 
 
@@ -161,12 +151,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output; missing channels of the shortcut are zero."""
-        # in place, since a norm keeps its input alone: a fifth of the traffic of the passes between convolutions
-        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu_()))
+        y = self.conv2(self.norm1(self.conv1(x), rectify=True))
         if self._grows:
             half = self._grows // 2
             x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, self._grows - half))
-        return y.add_(x).relu_()
+        return self.norm2(y, beside=x, rectify=True)
 
 
 class Speedrun(nn.Module):
@@ -216,117 +205,6 @@ class WideBlock(nn.Module):
         return functional.gelu(self.norm2(self.conv2(x)))
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation over the global batch: N executors normalise as one does.
-
-    With statistics of their own, executors with half the images each would train another network than one does with
-    all of them. A step costs two small all-reduces per layer, 38 in resnet20.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        exchange: Exchange,
-        *,
-        scaled: bool = True,
-        momentum: float = 0.1,
-        epsilon: float = 1e-5,
-        bias_rate: float = 1.0,
-    ) -> None:
-        """``momentum`` is the weight of a step's statistics in the running ones; ``scaled`` learns a factor."""
-        super().__init__()
-        if scaled:
-            self.weight = parameter(torch.ones(channels))
-        else:
-            self.register_buffer("weight", torch.ones(channels))
-        self.bias = parameter(torch.zeros(channels), rate=bias_rate, decay=1 / bias_rate)
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.exchange, self.momentum, self.epsilon = exchange, momentum, epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` (b, c, h, w) normalised, scaled and shifted per channel."""
-        running = self.running_mean, self.running_var
-        if not self.training or (self.exchange.alone and x.is_cuda):
-            state = (*running, self.weight, self.bias)
-            return functional.batch_norm(x, *state, self.training, self.momentum, self.epsilon)
-        if x.is_cuda and all(self.exchange.shares):
-            return _GlobalNormOnGpu.apply(x, self.weight, self.bias, running, self)
-        y, mean, variance, count = _GlobalNorm.apply(x, self.weight, self.bias, self.exchange, self.epsilon)
-        with torch.no_grad():
-            unbiased = variance * (count / (count - 1))
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
-        return y
-
-
-class _GlobalNorm(torch.autograd.Function):
-    """Normalisation by sums over all executors; an executor without images takes part with zeros.
-
-    As few passes over the images as the fused kernel of one process needs, all in the layout of ``x``. One executor
-    takes its sums here too: the fused kernel adds up 65,000 numbers one by one where images are channels last, and its
-    gradients of ResNet-20 were wrong by 0.3 %, these by 0.02 % (float64 as the measure, batch 64, PyTorch 2.13).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, exchange: Exchange, epsilon: float) -> Any:
-        x = x if x.dtype == torch.float64 else x.float()  # sums in half precision would not do
-        channels = x.shape[1]
-        count = x.new_full((1,), x.numel() // channels)
-        mean, variance, inverse, total = _shared_moments(exchange, *_moments(x), count, epsilon)
-        scale = weight * inverse
-        y = torch.addcmul(_wide(bias - mean * scale), x, _wide(scale))
-        ctx.save_for_backward(x, weight, mean, variance, inverse, total)
-        ctx.exchange, ctx.epsilon = exchange, epsilon
-        ctx.mark_non_differentiable(mean, variance, total)
-        return y, mean, variance, total
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        x, weight, mean, variance, inverse, total = ctx.saved_tensors
-        if ctx.exchange.alone:
-            state = (None, None, mean, inverse)
-            fused = torch.ops.aten.native_batch_norm_backward
-            return *fused(dy, x, weight, *state, True, ctx.epsilon, [True, True, True]), None, None
-        channels = x.shape[1]
-        own_product, own_dy = _norm_sums(dy, x, weight, mean, variance, ctx.epsilon)
-        sums = ctx.exchange.sum_(torch.cat([own_dy, own_product]))
-        mean_dy, mean_product = sums[:channels] / total, sums[channels:] / total
-        # dx = scale * (dy - mean(dy) - normalised x * mean(dy * normalised x)), in terms of x itself
-        scale = weight * inverse
-        slope = -scale * inverse * mean_product
-        dx = torch.addcmul(_wide(-scale * mean_dy - mean * slope), x, _wide(slope))
-        dx.addcmul_(dy, _wide(scale))
-        return dx, own_product, own_dy, None, None
-
-
-class _GlobalNormOnGpu(torch.autograd.Function):
-    """The same by the kernels of torch.nn.SyncBatchNorm, where every executor has images.
-
-    They read the images once a pass, take bfloat16, and need one small kernel before and after each collective.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Any, ...], norm: BatchNorm) -> Tensor:
-        x, channels, epsilon = x.contiguous(memory_format=torch.channels_last), x.shape[1], norm.epsilon
-        moments = norm.exchange.gather(torch.cat(torch.batch_norm_stats(x, epsilon)))  # (executors, 2 c)
-        numbers, counts = norm.exchange.counts(x)
-        every = moments[:, :channels], moments[:, channels:]
-        mean, inverse = torch.batch_norm_gather_stats_with_counts(x, *every, *running, norm.momentum, epsilon, numbers)
-        ctx.save_for_backward(x, weight, mean, inverse, counts)
-        ctx.exchange = norm.exchange
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, epsilon)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, mean, inverse, counts = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        *own, d_weight, d_bias = torch.batch_norm_backward_reduce(dy, x, mean, inverse, weight, True, True, True)
-        sums = ctx.exchange.sum_(torch.cat(own)).chunk(2)  # of dy, and of dy * (x - mean)
-        dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse, weight, *sums, counts)
-        return dx, d_weight, d_bias, None, None
-
-
 class Convolution(nn.Conv2d):
     """A 3 x 3 convolution without bias whose filters' gradients are computed while sums over executors travel."""
 
@@ -358,39 +236,6 @@ class _Convolution(torch.autograd.Function):
         dx = backward(*operands, *geometry, (True, False, False))[0] if ctx.needs_input_grad[0] else None
         ctx.exchange.put_off(lambda: backward(*operands, *geometry, (False, True, False))[1], ctx.weight)
         return dx, None, None, None
-
-
-def _shared_moments(
-    exchange: Exchange, first: Tensor, second: Tensor, count: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean, variance, 1 / deviation and count over all executors, of this one's sums per channel and count."""
-    sums = exchange.sum_(torch.cat([first, second, count]))
-    total, channels = sums[-1], len(first)
-    mean = sums[:channels] / total
-    variance = (sums[channels:-1] / total - mean * mean).clamp_min(0)
-    return mean, variance, torch.rsqrt(variance + epsilon), total
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return per channel this executor's sums of ``x`` and of its squares, in parts that stay in a core's cache."""
-    axes = (0, 2, 3)
-    images = max(1, CACHED_NUMBERS // x[0].numel()) if len(x) and not x.is_cuda else max(1, len(x))
-    parts = [(part.sum(axes), (part * part).sum(axes)) for part in x.split(images)]
-    first, second = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
-    return first, second
-
-
-def _norm_sums(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    """Return per channel this executor's sums of dy * normalised x and of dy, in one pass over both."""
-    if not len(x):
-        return torch.zeros_like(mean), torch.zeros_like(mean)
-    state = (mean, variance, mean, torch.rsqrt(variance + epsilon))
-    wanted = [False, True, True]
-    backward = torch.ops.aten.native_batch_norm_backward
-    _, product, total = backward(dy, x, weight, *state, False, epsilon, wanted)
-    return product, total
 
 
 def norm_over_channels(
@@ -434,10 +279,6 @@ def norm_within_channels(x: Tensor, size: int = 3, alpha: float = 5e-5) -> Tenso
     squares = functional.avg_pool2d(x * x, size, 1, padding=size // 2)
     inverse_root = torch.rsqrt(1 + alpha * squares)
     return x * inverse_root * torch.sqrt(inverse_root)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values[None, :, None, None]
 
 
 def _of(convolution: Any) -> tuple[Tensor, Tensor, int]:
