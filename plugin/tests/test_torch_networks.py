@@ -136,7 +136,7 @@ def test_norm_over_executors_is_the_norm_of_the_whole_batch_in_value_and_gradien
 class _Beside(Team):
     """Stands for two executors with the same images: their sum is twice this one's."""
 
-    def start_sum(self, values: Any) -> Any:
+    def start_sum(self, values: Any, *, beside: bool = False) -> Any:
         return lambda: values.mul_(2)
 
 
@@ -159,11 +159,21 @@ def test_gradients_of_filters_are_computed_while_sums_travel() -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_gradients_that_were_put_off_keep_no_images() -> None:
+    exchange = Exchange(_Beside("both"))
+    layer = networks.Convolution(exchange, 2, 2)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    layer(torch.ones(1, 2, 3, 3, requires_grad=True)).sum().backward()
+    exchange.work_off()
+    assert layer.weight.grad.abs().sum() > 0
+    assert not layer.weight.grad.requires_grad
+
+
 def test_buckets_travel_when_their_last_gradient_is_there() -> None:
     started: list[int] = []
 
     class Watched(Team):
-        def start_sum(self, values: Any) -> Any:
+        def start_sum(self, values: Any, *, beside: bool = False) -> Any:
             started.append(values.numel())
             return lambda: None
 

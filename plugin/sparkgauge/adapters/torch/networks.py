@@ -206,7 +206,7 @@ class WideBlock(nn.Module):
 
 
 class Convolution(nn.Conv2d):
-    """A 3 x 3 convolution without bias whose filters' gradients are computed while sums over executors travel."""
+    """A 3 x 3 convolution without bias; CPUs compute its filters' gradients while sums over executors travel."""
 
     def __init__(self, exchange: Exchange, before: int, after: int, stride: int = 1) -> None:
         super().__init__(before, after, 3, stride=stride, padding=1, bias=False)
@@ -214,7 +214,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution (b, after, h, w) of ``x`` (b, before, h, w), each side divided by the stride."""
-        if self._exchange.alone or not torch.is_grad_enabled():
+        if self._exchange.alone or x.is_cuda or not torch.is_grad_enabled():
             return super().forward(x)
         return _Convolution.apply(x, self.weight, self.stride[0], self._exchange)
 
