@@ -18,7 +18,7 @@ from sparkgauge import context as context_module
 from sparkgauge import executor, phases, rounds
 from sparkgauge.context import CURVE_STEPS, Context
 from sparkgauge.data import Dataset
-from sparkgauge.data.shards import Shard
+from sparkgauge.data.shards import Sampler, Shard
 from sparkgauge.errors import ConfigurationError, TrainingError
 from sparkgauge.job import Job
 from sparkgauge.kernel import BetweenSteps
@@ -364,3 +364,18 @@ def test_a_function_that_cannot_travel_is_refused_before_anything_starts(faint_i
         ConfigurationError, match=r"cannot be sent to the executors.*lock.*fn=.*fit.*inside the function"
     ):
         rounds.run_round(None, replace(_job(faint_images), fn=fit), None, timeout_seconds=1)  # type: ignore[arg-type]
+
+
+def _without_the_test(error: BaseException) -> BaseException:
+    assert error.__traceback__ is not None
+    return error.with_traceback(error.__traceback__.tb_next)
+
+
+def test_an_error_of_this_package_alone_is_told_without_a_traceback() -> None:
+    with pytest.raises(ConfigurationError) as found:
+        Sampler(0, 10, 1, 0, 1)
+    assert "test_context.py" in executor._traceback(found.value), "the user's line stays"
+    assert executor._traceback(_without_the_test(found.value)) == ""
+    with pytest.raises(TypeError) as bug:
+        Sampler("many", 10, 1, 0, 1)  # type: ignore[arg-type]
+    assert "shards.py" in executor._traceback(_without_the_test(bug.value))
