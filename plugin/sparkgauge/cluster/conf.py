@@ -232,8 +232,6 @@ def _training(spec: ClusterSpec, cores: int) -> dict[str, str]:
         "spark.scheduler.maxRegisteredResourcesWaitingTime": "0s",
         # 15 s is the default; a barrier job sent while executors register waits one interval.
         "spark.scheduler.barrier.maxConcurrentTasksCheck.interval": "1s",
-        # Each second is the default; a stage that starts again waits for its executors to be offered.
-        "spark.scheduler.revive.interval": "100ms",
         "spark.python.daemon.module": DAEMON_MODULE,
         # A task that hangs in native code is killed this long after it was cancelled, and executors that wait for a
         # lost one hang in a collective. With 1 s a killed process cost 6.2 s, with this 4.0 s (medians of 10 kills).
