@@ -24,8 +24,8 @@ LABEL_LIMIT = 256
 BATCH_ROWS = 1000
 """Rows that a Parquet file is decoded in: 3 MB of CIFAR-10, which stay in a core's cache.
 
-One core of a Xeon decoded and wrote 444,000 to 722,000 rows/s so, and 336,000 to 626,000 with 2,500 rows at a time (three
-turns)."""
+One core of a Xeon decoded and wrote 444,000 to 722,000 rows/s so, and 336,000 to 626,000 with 2,500 rows at a time
+(three turns)."""
 
 PACKED_ROWS = 1000
 """Rows per message of :func:`pack`, for executors without a disk in common with the driver."""
