@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparkgauge.adapters.shared_sums import SharedSums
+from sparkgauge.adapters.shared_sums import SPIN_SECONDS, SharedSums, let_others_run
 from sparkgauge.errors import MachineError
 from sparkgauge.job import Job
 
@@ -26,14 +26,6 @@ MEETING_SECONDS = 120.0
 
 BUCKET_BYTES = 8 * 1024 * 1024
 """Gradients up to this size go in one all-reduce, larger ones in several that overlap with the backward pass."""
-
-SPIN_SECONDS = 0.005
-"""How long a wait for the other executors keeps the processor, yielding it to whoever has work, before it sleeps.
-
-A virtual processor that went to sleep is slow to wake: with the sums of resnet20's norms, 38 a step, two executors of
-one core trained 316 images/s so, and 270 when every wait slept at once (medians of 6 interleaved turns, AMD EPYC)."""
-
-_let_others_run = getattr(os, "sched_yield", functools.partial(time.sleep, 0))  # macOS has none
 
 _PEER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "socket timeout")
 
@@ -96,6 +88,11 @@ class Team:
     shared: SharedSums | None = None
     """The way through shared memory, where all are on one machine and train on its CPU."""
 
+    @property
+    def alone(self) -> bool:
+        """Return whether there is nobody else."""
+        return self.group is None
+
     def start_sum(self, values: Any, *, beside: bool = False) -> Callable[[], None]:
         """Begin to sum the contiguous tensor ``values`` over the executors in place; return what waits for the end.
 
@@ -105,7 +102,7 @@ class Team:
         import torch
         import torch.distributed as dist
 
-        if self.group is None:
+        if self.alone:
             return _nothing
         if self.shared is not None and values.dtype == torch.float32:
             return self.shared.start(values.detach().numpy().reshape(-1)).wait
@@ -212,7 +209,7 @@ class FlatGradients:
 
         Every executor must call it.
         """
-        if self._team.group is None:
+        if self._team.alone:
             return
         with self._waits:
             while len(self._started) < len(self._buckets):  # all of them where there was no backward pass
@@ -222,7 +219,7 @@ class FlatGradients:
 
     def added(self, parameter: Any) -> None:
         """Note that a gradient is complete, so that its bucket may travel when it was the last one missing."""
-        if self._team.group is None or len(self._buckets) == 1:
+        if self._team.alone or len(self._buckets) == 1:
             return
         self._waiting[self._bucket_of[id(parameter)]] -= 1
         while len(self._started) < len(self._buckets) and not self._waiting[len(self._started)]:
@@ -234,7 +231,7 @@ class FlatGradients:
             # the parameter's own strides: accumulating into another layout is a transposition per step
             parameter.grad = self.flat.as_strided(parameter.shape, parameter.stride(), start)
             start += parameter.numel()
-        if self._team.group is not None and len(self._buckets) > 1:
+        if not self._team.alone and len(self._buckets) > 1:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(self.added)
 
@@ -264,7 +261,7 @@ class Exchange:
     @property
     def alone(self) -> bool:
         """Return whether there is nobody to exchange with."""
-        return self._team.group is None
+        return self._team.alone
 
     @property
     def seconds(self) -> float:
@@ -383,13 +380,13 @@ def _wait(work: Any, *, spin: bool) -> None:
     if spin:
         until = time.perf_counter() + SPIN_SECONDS
         while not work.is_completed() and time.perf_counter() < until:
-            _let_others_run()
+            let_others_run()
     work.wait()
 
 
 def all_reduce_(array: Any, team: Team) -> float:
     """Sum a contiguous numpy float32 array over the executors in place; return the seconds it took."""
-    if team.group is None:
+    if team.alone:
         return 0.0
     import torch
 

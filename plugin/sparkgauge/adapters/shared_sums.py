@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import platform
@@ -42,14 +43,18 @@ of their own each."""
 
 LOOK_SECONDS = 20e-6
 """How long a wait looks without giving way: what the others are late by on cores of their own."""
-YIELD_SECONDS = 0.005
-"""How long it then gives way to whoever has work, before it sleeps: a virtual core that went to sleep wakes late."""
+SPIN_SECONDS = 0.005
+"""How long a wait for the other executors keeps the processor, yielding it to whoever has work, before it sleeps.
+
+A virtual processor that went to sleep is slow to wake: with the sums of resnet20's norms, 38 a step, two executors of
+one core trained 316 images/s so, and 270 when every wait slept at once (through gloo, medians of 6 interleaved turns,
+AMD EPYC)."""
 SLEEP_SECONDS = 0.0005
 ALIVE_SECONDS = 0.1
 """How often a wait asks whether the others are still there."""
 
 _NAME = re.compile(r"sparkgauge-[0-9a-f]{32}-\d+")
-_yield = getattr(os, "sched_yield", lambda: time.sleep(0))
+let_others_run = getattr(os, "sched_yield", functools.partial(time.sleep, 0))  # macOS has none
 
 
 class SharedSums:
@@ -180,13 +185,18 @@ class _Segment:
         return True
 
 
+def keeps_order_of_writes() -> bool:
+    """Return whether others see this processor's writes in the order in which they were made."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def _size() -> int:
     return HEADER_BYTES + SLOTS * SLOT_NUMBERS * 4
 
 
 def _create(opened: contextlib.ExitStack) -> _Segment | None:
     """Return a new segment of this process, which ``opened`` closes and unlinks; None where that cannot be."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not keeps_order_of_writes():
         return None
     name = f"sparkgauge-{secrets.token_hex(16)}-{os.getpid()}"
     path = FOLDER / name
@@ -235,8 +245,7 @@ def _mapped(name: str, descriptor: int, *, writable: bool) -> _Segment:
 def _look(segment: _Segment, counter: int, number: int) -> None:
     """Return when the counter has come to ``number``; first looking, then giving way, then sleeping."""
     counters = segment.counters
-    began = now = time.perf_counter()
-    asked = began
+    began = asked = time.perf_counter()
     while counters[counter] < number:
         now = time.perf_counter()
         if now - began > LOOK_SECONDS:
@@ -249,7 +258,7 @@ def _look(segment: _Segment, counter: int, number: int) -> None:
 
 
 def _give_way(waited: float) -> None:
-    if waited < YIELD_SECONDS:
-        _yield()
+    if waited < SPIN_SECONDS:
+        let_others_run()
     else:
         time.sleep(SLEEP_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,9 +43,12 @@ class Network:
 
 def build(recipe: Recipe, seed: int, *, on_gpu: bool = False) -> Network:
     """Return the network of ``recipe``, its weights drawn from ``seed``; KeyError for a model TensorFlow lacks."""
-    if recipe.name == CIFAR10_TUTORIAL.name:
-        return _cifar10_tutorial(seed, response_norm_on_gpu if on_gpu else _local_response_norm)
-    return {CIFAR10_QUICK.name: _cifar10_quick}[recipe.name](seed)
+    tutorial = functools.partial(_cifar10_tutorial, norm=response_norm_on_gpu if on_gpu else _local_response_norm)
+    builders: dict[str, Callable[[int], Network]] = {
+        CIFAR10_QUICK.name: _cifar10_quick,
+        CIFAR10_TUTORIAL.name: tutorial,
+    }
+    return builders[recipe.name](seed)
 
 
 def _cifar10_quick(seed: int) -> Network:

@@ -30,12 +30,15 @@ class Meeting:
 class Handle:
     """``context.handle`` of the PyTorch adapter."""
 
-    group: Any
-    """The process group of all executors; None for one."""
     device: Any
     """The ``torch.device`` to train on."""
     team: Team
-    """The group, and the shorter way to executors on this machine."""
+    """The other executors, and the shorter way to those on this machine."""
+
+    @property
+    def group(self) -> Any:
+        """Return the process group of all executors; None for one."""
+        return self.team.group
 
 
 def main(
@@ -81,7 +84,7 @@ def _handle(meeting: Meeting, job: Job, rank: int, stack: contextlib.ExitStack, 
     torch = _torch(meeting)
     device = _device(torch, job)
     team = stack.enter_context(collective.open_team(job, rank, meeting.store, job.device, attempt))
-    return Handle(team.group, device, team)
+    return Handle(device, team)
 
 
 def _torch(meeting: Meeting) -> Any:
