@@ -171,7 +171,7 @@ OPTIONS: tuple[Option, ...] = (
     _twin(
         "max_rounds",
         "count",
-        "Most rounds per train() while the gate is undecided (default: 8).",
+        "Most rounds per train() while the gate is undecided (default: 10).",
         default=DEFAULT_MAX_ROUNDS,
         metavar="N",
     ),

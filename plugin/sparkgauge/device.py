@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +64,20 @@ def refuse_without_gpu(addresses: tuple[str, ...], job: Job) -> None:
             actual="no GPU among the task's resources",
             hint="See docs/gpu.md on how a cluster offers GPUs to Spark",
         )
+
+
+def set_up_collectives(job: Job) -> None:
+    """Set what gloo and NCCL, PyTorch's and TensorFlow's alike, read from the environment when they first connect.
+
+    NCCL refuses two processes on one GPU of a host. Where executors share one, each claims a host of its own: sums then
+    go through sockets and the GPU takes turns, which is slow but right.
+    """
+    if job.loopback:
+        names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ[variable] = names[0] if names else "lo"
+    if job.shares_gpus:
+        os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _synchronise_torch() -> None:

@@ -58,6 +58,8 @@ class Job:
     """Deliberate slowdown per phase, as a fraction of the phase's own time: shows that the gate works."""
     recovery: Recovery | None = None
     """None where a lost executor ends the round."""
+    shares_gpus: bool = False
+    """Several of the executors may train on the same GPU."""
     test_count: int | None = None
     """Test images of the data set, all of which the last test must have counted; None where nobody checks that."""
 

@@ -464,9 +464,15 @@ class GaugeSession:
             options=dict(workload.options),
             plan=workload.plan,
             save_to=workload.save_to,
+            shares_gpus=workload.device == "gpu" and workload.executors > 1 and self._gpus_are_shared(cluster),
             injections=self.config.injections,
             recovery=_recovery(workload, cluster),
         )
+
+    def _gpus_are_shared(self, cluster: SparkCluster) -> bool:
+        """Return whether two executors, or two tasks of one, may be given the same GPU."""
+        amount = cluster.spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "1")
+        return self.config.gpus_per_executor < 1 or float(amount) < 1
 
     def _ship(self, cluster: SparkCluster, dataset: Dataset) -> None:
         """Send the prepared files to executors on other machines, once a session."""

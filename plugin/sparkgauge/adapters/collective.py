@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparkgauge.adapters.shared_sums import SPIN_SECONDS, SharedSums, let_others_run
+from sparkgauge.device import set_up_collectives
 from sparkgauge.errors import MachineError
 from sparkgauge.job import Job
 
@@ -131,8 +131,7 @@ def open_team(
         return
     import torch.distributed as dist
 
-    if job.loopback:
-        _bind_to_loopback()
+    set_up_collectives(job)
     with peer_errors():
         store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=_meeting())
         store = dist.PrefixStore(f"attempt-{attempt}", store)
@@ -413,12 +412,6 @@ def _limit_threads(torch: Any, threads: int) -> None:
     torch.set_num_threads(threads)
     with contextlib.suppress(RuntimeError):  # fixed once parallel work has begun, as in a second round of one process
         torch.set_num_interop_threads(1)
-
-
-def _bind_to_loopback() -> None:
-    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[variable] = names[0] if names else "lo"
 
 
 def _meeting() -> datetime.timedelta:

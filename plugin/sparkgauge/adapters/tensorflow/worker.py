@@ -43,8 +43,9 @@ def _train_built_in(model: str, context: Any, shard: Any) -> None:
 
 
 def _strategy(job: Job, node: Any, addresses: tuple[str, ...]) -> Any:
-    """Return a MultiWorkerMirroredStrategy over all executors, on ``job.threads`` threads."""
+    """Return a MultiWorkerMirroredStrategy over all executors, on ``job.threads`` threads; NCCL sums between GPUs."""
     device.refuse_without_gpu(addresses, job)
+    device.set_up_collectives(job)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         import tensorflow as tf
@@ -60,7 +61,11 @@ def _strategy(job: Job, node: Any, addresses: tuple[str, ...]) -> Any:
     resolver = _resolver(tf, node, _gpu_count(tf, job))
     if node.job_name != CHIEF:
         await_listener(node.cluster_spec[CHIEF][0])
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+    means = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=means.NCCL if job.device == "gpu" and job.executors > 1 else means.AUTO
+    )
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver, communication_options=options)
     _check_placement(strategy, job)
     return strategy
 
@@ -119,6 +124,9 @@ def _gpu_count(tf: Any, job: Job) -> int:
             + (f"TensorFlow built for CUDA {version}" if version else "a TensorFlow built without CUDA"),
             hint="Install tensorflow[and-cuda]; TF_CPP_MIN_LOG_LEVEL=0 names a library that is missing",
         )
+    if job.fn is None:  # a built-in model trains on one; who asks for more trains something of their own
+        gpus = gpus[:1]
+        tf.config.set_visible_devices(gpus, "GPU")
     for one in gpus:  # its default is to take all of the memory at once, whatever a batch needs
         tf.config.experimental.set_memory_growth(one, True)
     return len(gpus)
