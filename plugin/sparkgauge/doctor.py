@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Literal
 
@@ -111,13 +111,8 @@ DISTRIBUTIONS = (
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of the distributions that a run needs; those not installed are left out."""
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: environment.installed_version(name) for name in DISTRIBUTIONS}
+    return {name: version for name, version in found.items() if version}
 
 
 def examine(machine: Machine | None = None) -> list[Check]:

@@ -187,16 +187,19 @@ def software_versions(environ: Mapping[str, str], *, java_version: str = "") -> 
     """Return versions by name, and the tuning variables that are set; what is not installed is left out."""
     found = {"python": platform.python_version(), "java": java_version, "blas": _blas()}
     for name, distributions in DISTRIBUTIONS.items():
-        found[name] = next(filter(None, map(_version, distributions)), "")
+        found[name] = next(filter(None, map(installed_version, distributions)), "")
     found.update({name: environ.get(name, "") for name in TUNING_VARIABLES})
     return {name: version for name, version in found.items() if version}
 
 
-def _version(distribution: str) -> str:
+def installed_version(distribution: str) -> str:
+    """Return the version of an installed distribution; empty where it is not, or only its remains."""
     try:
-        return metadata.version(distribution) or ""
-    except metadata.PackageNotFoundError:
+        # not metadata.version: it warns, and will raise, for the folder that a broken installation leaves behind
+        found = metadata.metadata(distribution)
+    except (metadata.PackageNotFoundError, FileNotFoundError):
         return ""
+    return str(found.json.get("version", ""))
 
 
 def _blas() -> str:

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sparkgauge import selfcheck, stats
 from sparkgauge.config import SYNTHETIC, GaugeConfig
+from sparkgauge.environment import installed_version
 from sparkgauge.errors import ConfigurationError, MachineError
 from sparkgauge.gate import Policy
 from sparkgauge.records import PHASES, Round
@@ -153,7 +153,7 @@ def installed_framework() -> str:
     """Return the first framework that has an adapter and is installed here; MachineError without any."""
     known = [name for name in PACKAGES if (spec := FRAMEWORKS.get(name)) is not None and spec.module is not None]
     for name in known:
-        if all(map(_is_installed, PACKAGES[name])):
+        if all(map(installed_version, PACKAGES[name])):
             return name
     raise MachineError(
         "A self-check trains, and no framework is installed",
@@ -254,10 +254,3 @@ def _data(settings: Settings) -> str | None:
 
     found, _ = Cache(settings.cache_folder or Path(pooch.os_cache("sparkgauge"))).real_datasets()
     return None if found else SYNTHETIC
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        return bool(metadata.version(distribution))
-    except metadata.PackageNotFoundError:
-        return False

@@ -19,10 +19,8 @@ SPEC = ClusterSpec(
 FOLDER = Path("/tmp/a folder")
 
 
-def build(spec: ClusterSpec = SPEC, package_folder: str | None = "/package") -> dict[str, str]:
-    return conf.spark_conf(
-        spec, secret="s3cret", folder=FOLDER, master_url="spark://m:1", package_folder=package_folder
-    )
+def build(spec: ClusterSpec = SPEC, python_path: str | None = "/package") -> dict[str, str]:
+    return conf.spark_conf(spec, secret="s3cret", folder=FOLDER, master_url="spark://m:1", python_path=python_path)
 
 
 def daemon_environment(environ: dict[str, str]) -> dict[str, str]:
@@ -71,7 +69,7 @@ def test_executor_environment_limits_threads_and_names_early_imports() -> None:
     assert settings["spark.executorEnv.SPARKGAUGE_PREIMPORT"] == "tensorflow,numpy"
     assert settings["spark.executorEnv.PYTHONPATH"] == "/package"
     assert settings["spark.executorEnv.PYTHONHASHSEED"] == "0"
-    assert "spark.executorEnv.PYTHONPATH" not in build(package_folder=None)
+    assert "spark.executorEnv.PYTHONPATH" not in build(python_path=None)
     assert "spark.executorEnv.SPARKGAUGE_PREIMPORT" not in build(dataclasses.replace(SPEC, preimport=()))
 
 
@@ -84,9 +82,7 @@ def test_everything_is_written_below_the_folder() -> None:
 
 def test_local_cluster_takes_its_size_from_the_master() -> None:
     spec = dataclasses.replace(SPEC, master="local-cluster[3,1,900]")
-    settings = conf.spark_conf(
-        spec, secret="s", folder=FOLDER, master_url="local-cluster[3,1,900]", package_folder=None
-    )
+    settings = conf.spark_conf(spec, secret="s", folder=FOLDER, master_url="local-cluster[3,1,900]", python_path=None)
     assert settings["spark.executor.cores"] == "1" and settings["spark.executor.memory"] == "900m"
     with pytest.raises(ConfigurationError, match="gauge-executors 2"):
         dataclasses.replace(SPEC, master="local-cluster[2,1,900]")
@@ -195,6 +191,19 @@ def test_package_folder_is_named_only_outside_site_packages(tmp_path: Path) -> N
     assert found == os.path.realpath(checkout)
 
 
+@pytest.mark.parametrize(
+    ("package", "inherited", "path"),
+    [
+        (None, "/mine", None),
+        ("/package", "", "/package"),
+        ("/package", "/mine::/package:/other", "/package:/mine:/other"),
+        ("/package", "here", f"/package:{os.getcwd()}/here"),
+    ],
+)
+def test_executors_find_what_the_driver_finds(package: str | None, inherited: str, path: str | None) -> None:
+    assert conf.python_path(package, inherited) == path
+
+
 def test_logging_goes_to_the_file_or_to_stderr() -> None:
     assert "appender.main.fileName = /x/y.log" in conf.log4j_text("warn", Path("/x/y.log"))
     assert "SYSTEM_ERR" in conf.log4j_text("info", None)
@@ -203,6 +212,6 @@ def test_logging_goes_to_the_file_or_to_stderr() -> None:
 @pytest.mark.parametrize(("retries", "attempts"), [(0, "4"), (3, "4"), (4, "5")])
 def test_retries_are_attempts_of_a_stage_and_a_spare_is_one_more_executor(retries: int, attempts: str) -> None:
     spec = conf.ClusterSpec(2, 3, 512, "python", retries=retries, spares=1)
-    made = conf.spark_conf(spec, secret="s", folder=Path("/f"), master_url="spark://h:1", package_folder=None)
+    made = conf.spark_conf(spec, secret="s", folder=Path("/f"), master_url="spark://h:1", python_path=None)
     assert made["spark.stage.maxConsecutiveAttempts"] == attempts
     assert (made["spark.executor.instances"], made["spark.cores.max"], made["spark.task.cpus"]) == ("3", "9", "3")

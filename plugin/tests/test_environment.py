@@ -167,7 +167,7 @@ def test_what_is_not_installed_or_not_set_is_left_out(monkeypatch: pytest.Monkey
     def nothing(name: str) -> str:
         raise environment.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(environment.metadata, "version", nothing)
+    monkeypatch.setattr(environment.metadata, "metadata", nothing)
     monkeypatch.setattr(environment.metadata, "distribution", nothing)
     found = environment.software_versions({"OMP_NUM_THREADS": "1", "HOME": "/x"})
     assert set(found) == {"python", "OMP_NUM_THREADS"}
@@ -175,12 +175,23 @@ def test_what_is_not_installed_or_not_set_is_left_out(monkeypatch: pytest.Monkey
 
 def test_tensorflow_cpu_counts_as_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
     def only_cpu(name: str) -> str:
-        if name != "tensorflow-cpu":
-            raise environment.metadata.PackageNotFoundError(name)
-        return "2.99"
+        return "2.99" if name == "tensorflow-cpu" else ""
 
-    monkeypatch.setattr(environment.metadata, "version", only_cpu)
+    monkeypatch.setattr(environment, "installed_version", only_cpu)
     assert environment.software_versions({})["tensorflow"] == "2.99"
+
+
+@pytest.mark.parametrize(("text", "version"), [(None, ""), ("Name: half-gone\n", ""), ("Version: 1.2\n", "1.2")])
+def test_remains_of_an_installation_have_no_version(
+    text: str | None, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "half_gone-1.2.dist-info"
+    folder.mkdir()
+    if text is not None:
+        (folder / "METADATA").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert environment.installed_version("half-gone") == version
+    assert environment.installed_version("never-there") == ""
 
 
 def test_load_average(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_no_baseline_of_played_gpus(play: Play, tmp_path: Path) -> None:
 def test_spark_is_asked_for_what_the_executors_get(tmp_path: Path) -> None:
     spec = ClusterSpec(2, 4, 1024, "/env/bin/python", gpus=(("GPU-0", "GPU-1"), ("GPU-2", "GPU-3")))
     asked = {"spark.executor.resource.gpu.amount": "2", "spark.task.resource.gpu.amount": "2"}
-    made = conf.spark_conf(spec, secret="s", folder=tmp_path, master_url="spark://h:1", package_folder=None)
+    made = conf.spark_conf(spec, secret="s", folder=tmp_path, master_url="spark://h:1", python_path=None)
     assert asked.items() <= made.items() and "spark.worker.resource.gpu.amount" not in made
     offer = conf.gpu_offer(spec, tmp_path)
     assert offer == {
@@ -139,7 +139,7 @@ def test_spark_is_asked_for_what_the_executors_get(tmp_path: Path) -> None:
         "spark.worker.resource.gpu.discoveryScript": str(tmp_path / "gpus" / "discover-gpus"),
     }
     local = replace(spec, master="local-cluster[2,4,1024]")
-    inside = conf.spark_conf(local, secret="s", folder=tmp_path, master_url="local", package_folder=None)
+    inside = conf.spark_conf(local, secret="s", folder=tmp_path, master_url="local", python_path=None)
     assert offer.items() <= inside.items()
     outside = conf.external_conf(replace(spec, master="yarn"))
     assert asked.items() <= outside.items()

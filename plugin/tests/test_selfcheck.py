@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparkgauge import cli, selfcheck, selfcheck_rounds
+from sparkgauge.environment import installed_version
 from sparkgauge.errors import BaselineError, ConfigurationError, MachineError, NotMeasuredError
 from sparkgauge.gate import Policy
 from sparkgauge.report.run_json import report_of
@@ -313,7 +314,7 @@ def test_without_a_framework_the_command_says_what_to_install(monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not selfcheck_rounds._is_installed("tensorflowonspark"), reason="needs tensorflowonspark, which is not installed"
+    not installed_version("tensorflowonspark"), reason="needs tensorflowonspark, which is not installed"
 )
 def test_a_real_self_check_is_stored_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shared_cluster: Any

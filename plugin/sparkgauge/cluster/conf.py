@@ -114,12 +114,12 @@ def spark_conf(
     secret: str,
     folder: Path,
     master_url: str,
-    package_folder: str | None,
+    python_path: str | None,
 ) -> dict[str, str]:
     """Return the driver's settings for the embedded cluster or ``local-cluster``.
 
     The result holds the secret: it belongs into a file of mode 0600 or the JVM's memory, never on a command line.
-    ``package_folder`` is put on the executors' PYTHONPATH unless None. ConfigurationError when ``extra`` contradicts
+    ``python_path`` becomes the executors' PYTHONPATH unless None. ConfigurationError when ``extra`` contradicts
     a required setting.
     """
     size = local_cluster_size(spec.master)
@@ -133,7 +133,7 @@ def spark_conf(
         **_folders(folder),
         **_executors(spec.executors + spec.spares, cores, memory),
         **_failure_detection(),
-        **executor_environment(cores, spec.preimport, package_folder),
+        **executor_environment(cores, spec.preimport, python_path),
         f"spark.executorEnv.{PREIMPORT_FILE_VARIABLE}": str(preimport_file(folder)),
         # TensorFlow leaves generated sources in the temporary folder when its process is killed.
         "spark.executorEnv.TMPDIR": str(folder / "tmp"),
@@ -276,16 +276,15 @@ def _failure_detection() -> dict[str, str]:
     return {"spark.executor.heartbeatInterval": "5s", "spark.network.timeout": "60s"}
 
 
-def executor_environment(cores: int, preimport: Iterable[str], package_folder: str | None) -> dict[str, str]:
+def executor_environment(cores: int, preimport: Iterable[str], python_path: str | None) -> dict[str, str]:
     """Return the ``spark.executorEnv.*`` settings: thread counts, quiet frameworks, modules to import early."""
     variables = {
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(cores)),
         "PYTHONHASHSEED": "0",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         PREIMPORT_VARIABLE: ",".join(preimport),
+        "PYTHONPATH": python_path or "",
     }
-    if package_folder:
-        variables["PYTHONPATH"] = package_folder
     return {f"spark.executorEnv.{name}": value for name, value in variables.items() if value}
 
 
@@ -384,6 +383,17 @@ def log4j_text(level: str, log_file: Path | None) -> str:
         "appender.main.name = main\nappender.main.layout.type = PatternLayout\n"
         "appender.main.layout.pattern = %d{HH:mm:ss.SSS} %p %c{1}: %m%n%ex\n"
     )
+
+
+def python_path(package_folder: str | None, inherited: str) -> str | None:
+    """Return the executors' PYTHONPATH: ``package_folder`` before what the driver ``inherited``.
+
+    None for no folder: executors then inherit what there is, as any process does.
+    """
+    if package_folder is None:
+        return None
+    own = [os.path.abspath(entry) for entry in inherited.split(os.pathsep) if entry]
+    return os.pathsep.join(dict.fromkeys([package_folder, *own]))
 
 
 def package_folder(package_file: str, site_folders: Iterable[str]) -> str | None:

@@ -271,10 +271,9 @@ class SparkCluster:
         settings = SparkConf(loadDefaults=True, _jvm=gateway.jvm)
         if self.kind == "external":
             return _merge_external(settings, self.spec)
-        folder = conf.package_folder(sparkgauge.__file__, _site_folders())
-        wanted = conf.spark_conf(
-            self.spec, secret=secret, folder=self.folder, master_url=master_url, package_folder=folder
-        )
+        package = conf.package_folder(sparkgauge.__file__, _site_folders())
+        path = conf.python_path(package, os.environ.get("PYTHONPATH", ""))
+        wanted = conf.spark_conf(self.spec, secret=secret, folder=self.folder, master_url=master_url, python_path=path)
         return settings.setAll(list(wanted.items()))
 
     def _hosts(self) -> dict[str, str]:
