@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sparkgauge.agreement import fingerprint
 from sparkgauge.channel import ExecutorChannel
 from sparkgauge.job import Job
 from sparkgauge.kernel import BetweenSteps
@@ -95,6 +96,8 @@ class Context:
         self.curve: list[dict[str, float]] = []
         self.train_images = 0
         self.test_images = 0
+        self.weights: dict[str, list[float | None]] = {}
+        """What :meth:`record_weights` has made of this executor's weights."""
         self._injections = job.injections
         self._channel, self._clock = channel, clock
         self._step_images = 0
@@ -195,6 +198,14 @@ class Context:
         earlier = self.test_images if self._tested_step == self._step_number else 0
         self.test_images, self._tested_step = earlier + int(tested), self._step_number
         self._point(correct=int(correct), tested=int(tested))
+
+    def record_weights(self, weights: Mapping[str, Any]) -> None:
+        """Report this executor's weights (arrays by name) at the end: a round whose executors' differ is an error.
+
+        A few numbers of each travel to the driver. Nothing happens on a single executor.
+        """
+        if self.executors > 1:
+            self.weights = fingerprint(weights)
 
     def send_file(self, ending: str, content: bytes) -> None:
         """Hand a file to the driver, which writes it as ``save_to`` + ``ending`` once the round has ended well."""

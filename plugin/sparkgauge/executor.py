@@ -194,6 +194,7 @@ def _summary(context: Context, clock: PhaseClock, metrics: dict[str, float]) -> 
         "train_images": context.train_images,
         "test_images": context.test_images,
         "metrics": metrics,
+        "weights": context.weights,
     }
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from sparkgauge import agreement
 from sparkgauge.channel import DriverChannel
 from sparkgauge.environment import load_average
 from sparkgauge.errors import ConfigurationError, DataError, GaugeError, TrainingError, TrainingTimeout
@@ -189,6 +190,7 @@ class _Conversation:
         metrics = results[0]["metrics"]
         parts = [result["curve"] for result in results]
         _check_whole_test(parts, self._job)
+        agreement.check([result.get("weights", {}) for result in results], self._job.model)
         curve = _curve(parts, self._job)
         return Round(
             seed=self._job.seed,

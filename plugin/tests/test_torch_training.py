@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -102,6 +103,47 @@ def make_net() -> Any:
 def test_a_plain_module_is_trained_by_all_executors_together(trainings: Any) -> None:
     one, two = (_run(trainings, torch_module(make_net), executors=n, iterations=20) for n in (1, 2))
     assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=1e-4)
+
+
+def with_an_eigenvector_of_the_other_sign(context: Any, shard: Any) -> dict[str, float]:
+    """Train speedrun where the solver of executor 1 prefers other signs, as that of another machine may."""
+    import torch
+
+    from sparkgauge.adapters.torch.training import train
+
+    eigh = torch.linalg.eigh
+
+    def other_signs(matrix: Any) -> Any:
+        values, vectors = eigh(matrix)
+        return values, vectors * torch.where(torch.arange(12) < 11, 1.0, -1.0)
+
+    if context.rank == 1:
+        torch.linalg.eigh = other_signs
+    try:
+        return train("speedrun", context, shard)
+    finally:
+        torch.linalg.eigh = eigh
+
+
+def test_executors_whiten_images_alike_whatever_signs_their_solvers_choose(trainings: Any) -> None:
+    one, two = (
+        _run(trainings, with_an_eigenvector_of_the_other_sign, executors=n, iterations=4, global_batch=64)
+        for n in (1, 2)
+    )
+    assert two.curve[-1].train_loss == pytest.approx(one.curve[-1].train_loss, rel=1e-4)
+
+
+def with_weights_of_its_own(context: Any, shard: Any) -> dict[str, float]:
+    for _ in context.steps(shard):
+        pass
+    context.record_weights({"layer1": np.full(3, 1.0), "layer2": np.full(3, 1.0 + context.rank)})
+    return {"accuracy_fraction": 0.5}
+
+
+def test_executors_that_trained_different_models_are_an_error(trainings: Any) -> None:
+    assert _run(trainings, with_weights_of_its_own, executors=1, iterations=3).accuracy_fraction == 0.5
+    with pytest.raises(TrainingError, match=r"did not train the same 'custom'.*layer2 of executor 1 and of executor 0"):
+        _run(trainings, with_weights_of_its_own, executors=2, iterations=3)
 
 
 def uses_the_group(context: Any, shard: Any) -> dict[str, float]:

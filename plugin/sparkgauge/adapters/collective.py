@@ -109,6 +109,13 @@ class Team:
         work = dist.all_reduce(values, group=self.group, async_op=beside or not values.is_cuda)
         return _nothing if work is None else functools.partial(_wait, work, spin=not values.is_cuda)
 
+    def copy_first_(self, values: Any) -> None:
+        """Overwrite the tensor ``values`` by executor 0's; every executor must call it."""
+        import torch.distributed as dist
+
+        if not self.alone:
+            dist.broadcast(values, src=0, group=self.group)
+
 
 def _nothing() -> None:
     """Stand for waiting where there is nobody to wait for."""

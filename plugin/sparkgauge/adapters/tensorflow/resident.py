@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from sparkgauge.adapters.tensorflow import xla
 from sparkgauge.adapters.tensorflow.inputs import BATCH, INDEX, RATE, WEIGHT, ResidentInputs
@@ -71,6 +72,11 @@ class ResidentTrainer:
             counts = [self._count(images, labels) for images, labels in self._tests]
             correct = int(tf.add_n(counts)) if counts else 0
             self._context.record_test(correct, sum(len(labels) for _, labels in self._tests))
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """Return the weights by name, which are the same on every executor."""
+        parts = self._weights.parts(self._weights.values)
+        return {f"weight {index}": weight.numpy() for index, weight in enumerate(parts)}
 
     def _report(self, *, moving: bool) -> None:
         """Tell the context the losses and the waiting since the last report, waiting for the device."""

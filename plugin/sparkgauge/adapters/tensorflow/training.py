@@ -31,6 +31,7 @@ def train(model: str, context: Context, shard: Shard) -> None:
         if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
             trainer.test()
     trainer.test()
+    context.record_weights(trainer.weights())
 
 
 def _trainer(recipe: Recipe, context: Context, shard: Shard) -> Any:
@@ -77,6 +78,10 @@ class _Trainer:
                 correct += int(self._count(_centre(images, self._recipe.input_size), labels))
                 tested += len(labels)
             self._context.record_test(correct, tested)
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """Return the weights by name, which are the same on every executor."""
+        return {f"weight {index}": weight.numpy() for index, weight in enumerate(self._network.weights())}
 
     def _signature(self) -> list[Any]:
         size = self._recipe.input_size

@@ -175,7 +175,7 @@ class Speedrun(nn.Module):
         self.dense.weight = parameter(draws.normal((10, width), math.sqrt(1 / (3 * width))))
 
     def prepare(self, images: Tensor) -> None:
-        """Set the whitening filters from normalised training images (n, 3, 32, 32); the same on every executor."""
+        """Set the whitening filters from normalised training images (n, 3, 32, 32)."""
         patches = images[:WHITENING_IMAGES].unfold(2, 2, 1).unfold(3, 2, 1)  # (n, 3, 31, 31, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))

@@ -57,6 +57,7 @@ def train(model: str, context: Context, shard: Shard) -> dict[str, float]:
             if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
                 trainer.test()
         trainer.test()
+        context.record_weights(trainer.weights())
         return _results(model, context, trainer.reduced_bytes)
     finally:
         trainer.close()
@@ -85,6 +86,8 @@ class Trainer:
         self._network = build(recipe, context.seed, self._exchange, width_of(context.options)).to(self._device)
         if isinstance(self._network, Speedrun):
             self._network.prepare(self._inputs.normalised(shard.images[:WHITENING_IMAGES]))
+            # an eigenvector's sign is its solver's choice, and two executors' solvers need not agree
+            context.handle.team.copy_first_(self._network.whitening)
         self._optimiser = Momentum(self._network, recipe, context.handle.team)
         self._exchange.added = self._optimiser.gradients.added
         self._averages = _Averages(self._optimiser.values) if recipe.averaged else None
@@ -185,6 +188,10 @@ class Trainer:
             if self._averages is not None:
                 self._averages.swap()
             self._context.record_test(correct, tested)
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """Return weights and running statistics by name, which are the same on every executor."""
+        return {name: values.detach().cpu().numpy() for name, values in self._network.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
         """Return all that the next steps depend on; every executor must call it."""
@@ -373,6 +380,7 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
         for images, truth in shard.test_batches(TEST_BATCH[context.device]):
             answers = network(_scaled(images, device)).argmax(1).cpu().numpy()
             context.record_test(int((answers == truth).sum()), len(truth))
+    context.record_weights({name: p.detach().cpu().numpy() for name, p in network.named_parameters()})
     return {"reduced_bytes": float(gradients.bytes_reduced)}
 
 

@@ -1,0 +1,82 @@
+"""Whether all executors of a round ended with the same model, told by two numbers of each array."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparkgauge.errors import TrainingError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+TOLERANCE = 1e-4
+"""Of an array's norm. Executors that apply the same sums differ by rounding at most, and not at all on equal
+processors; one that left out a single step of a thousand is beyond it."""
+
+PERIOD = 997
+"""Numbers after which the fixed factors of a row repeat; a prime, so that no layer's rows lie in step with them."""
+
+Fingerprint = Mapping[str, Sequence[float | None]]
+"""(norm, projection) by the array's name; None for what is not finite."""
+
+
+def fingerprint(weights: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Return norm and projection on fixed random numbers of each of ``weights`` (arrays of any shape)."""
+    import numpy as np
+
+    drawn = np.random.default_rng(1)
+    across, down = drawn.standard_normal(PERIOD), drawn.standard_normal(PERIOD)
+    return {name: _of(np.asarray(values, np.float64).ravel(), across, down) for name, values in weights.items()}
+
+
+def _of(values: NDArray[np.float64], across: NDArray[np.float64], down: NDArray[np.float64]) -> list[float | None]:
+    import numpy as np
+
+    rows = np.zeros(-(-len(values) // PERIOD) * PERIOD)
+    rows[: len(values)] = values
+    sums = rows.reshape(-1, PERIOD) @ across
+    projection = sums @ np.resize(down, len(sums))
+    return [_or_none(float(np.linalg.norm(values))), _or_none(float(projection))]
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def check(found: Sequence[Fingerprint], model: str) -> None:
+    """Raise TrainingError where an executor's arrays are not executor 0's; ``found`` is by executor, empty for none."""
+    first = found[0]
+    for executor, other in enumerate(found[1:], 1):
+        if list(other) != list(first):
+            raise _differ(model, f"executor {executor} has {_named(other)}, executor 0 {_named(first)}")
+        apart = {name: _distance(first[name], other[name]) for name in first}
+        worst = max(apart, key=apart.__getitem__, default="")
+        if worst and apart[worst] > TOLERANCE:
+            size = "no finite numbers on one of them" if math.isinf(apart[worst]) else f"{apart[worst]:.2g} of its size"
+            raise _differ(model, f"{worst} of executor {executor} and of executor 0 differ: {size}")
+
+
+def _distance(one: Sequence[float | None], other: Sequence[float | None]) -> float:
+    """Return an estimate of how far two arrays are apart, as a share of their norm; inf where one is not finite."""
+    numbers = [math.nan if value is None else value for value in (*one, *other)]
+    if not all(map(math.isfinite, numbers)):
+        return 0.0 if list(one) == list(other) else math.inf
+    norm, projection, other_norm, other_projection = numbers
+    apart = max(abs(norm - other_norm), abs(projection - other_projection))
+    return apart / max(norm, other_norm) if apart else 0.0
+
+
+def _named(arrays: Fingerprint) -> str:
+    return ", ".join(arrays) or "none"
+
+
+def _differ(model: str, actual: str) -> TrainingError:
+    return TrainingError(
+        f"The executors did not train the same {model!r}",
+        expected="equal weights on all of them at the end, as synchronous training leaves them",
+        actual=actual,
+        hint="Begin with equal weights, and update them on every executor by gradients summed over all",
+    )
