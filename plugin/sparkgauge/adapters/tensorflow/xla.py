@@ -11,8 +11,8 @@ from pathlib import Path
 import tensorflow as tf
 
 FROM_STEPS = 20_000
-"""Steps of a training from which on a step is compiled: that takes 17 s in every round, half of it for the smaller batch
-at an epoch's end, and saves 1.2 ms a step (cifar10_tutorial, one H200)."""
+"""Steps of a training from which on a step is compiled: that takes 17 s in every round, half of it for the smaller
+batch at an epoch's end, and saves 1.2 ms a step (cifar10_tutorial, one H200)."""
 
 
 def works() -> bool:
