@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,3 +173,16 @@ def test_requirements_are_named() -> None:
     with pytest.raises(ConfigurationError, match="one of gpu, got 'tpu'"):
         options._requirements("tpu", "--gauge-require")
     assert make_config().required == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("per_executor", "per_task", "shared"),
+    [(1.0, None, False), (0.5, None, True), (1.0, "0.25", True), (2.0, "2", False)],
+)
+def test_whether_two_executors_may_be_given_the_same_gpu(
+    per_executor: float, per_task: str | None, shared: bool, tmp_path: Path
+) -> None:
+    settings = {} if per_task is None else {"spark.task.resource.gpu.amount": per_task}
+    context: Any = SimpleNamespace(getConf=lambda: settings)
+    cluster: Any = SimpleNamespace(spark=SimpleNamespace(sparkContext=context))
+    assert session(tmp_path, gpus_per_executor=per_executor)._gpus_are_shared(cluster) == shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -173,3 +174,16 @@ def test_an_unknown_gpu_cannot_be_watched(cards: list[Card]) -> None:
     with pytest.raises(nvml.NvmlError, match="no GPU GPU-zzzz"):
         nvml.probe("GPU-zzzz")
     assert sys.modules["pynvml"].opened == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("loopback", "shares_gpus"), [(True, True), (True, False), (False, True), (False, False)])
+def test_what_collectives_read_from_the_environment(
+    loopback: bool, shares_gpus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_HOSTID"):
+        monkeypatch.setenv(name, "the user's")
+    device.set_up_collectives(replace(ON_GPU, loopback=loopback, shares_gpus=shares_gpus))
+    interface = "lo" if loopback else "the user's"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == interface
+    host = os.environ["NCCL_HOSTID"]
+    assert host.endswith(f"-{os.getpid()}") if shares_gpus else host == "the user's"  # two processes must differ
