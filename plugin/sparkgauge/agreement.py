@@ -50,8 +50,9 @@ def check(found: Sequence[Fingerprint], model: str) -> None:
     """Raise TrainingError where an executor's arrays are not executor 0's; ``found`` is by executor, empty for none."""
     first = found[0]
     for executor, other in enumerate(found[1:], 1):
-        if list(other) != list(first):
-            raise _differ(model, f"executor {executor} has {_named(other)}, executor 0 {_named(first)}")
+        if alone := sorted(first.keys() ^ other.keys()):
+            teller = executor if alone[0] in other else 0
+            raise _differ(model, f"of executors 0 and {executor} only {teller} has reported {alone[0]}")
         apart = {name: _distance(first[name], other[name]) for name in first}
         worst = max(apart, key=apart.__getitem__, default="")
         if worst and apart[worst] > TOLERANCE:
@@ -67,10 +68,6 @@ def _distance(one: Sequence[float | None], other: Sequence[float | None]) -> flo
     norm, projection, other_norm, other_projection = numbers
     apart = max(abs(norm - other_norm), abs(projection - other_projection))
     return apart / max(norm, other_norm) if apart else 0.0
-
-
-def _named(arrays: Fingerprint) -> str:
-    return ", ".join(arrays) or "none"
 
 
 def _differ(model: str, actual: str) -> TrainingError:

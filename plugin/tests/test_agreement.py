@@ -72,5 +72,8 @@ def test_what_is_not_finite() -> None:
 
 
 def test_other_arrays() -> None:
-    with pytest.raises(TrainingError, match="executor 1 has none, executor 0 whitening, dense, bias, count"):
+    with pytest.raises(TrainingError, match="of executors 0 and 1 only 0 has reported bias"):
         check(weights(), {})
+    with pytest.raises(TrainingError, match="of executors 0 and 2 only 2 has reported extra"):
+        check(weights(), weights(), weights(extra=np.ones(3)))
+    check(weights(), dict(reversed(weights().items())))
