@@ -19,11 +19,11 @@ processors; one that left out a single step of a thousand is beyond it."""
 PERIOD = 997
 """Numbers after which the fixed factors of a row repeat; a prime, so that no layer's rows lie in step with them."""
 
-Fingerprint = Mapping[str, Sequence[float | None]]
-"""(norm, projection) by the array's name; None for what is not finite."""
+Fingerprint = Mapping[str, Sequence[float]]
+"""(norm, projection) by the array's name; empty where it holds a number that is not finite."""
 
 
-def fingerprint(weights: Mapping[str, Any]) -> dict[str, list[float | None]]:
+def fingerprint(weights: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return norm and projection on fixed random numbers of each of ``weights`` (arrays of any shape)."""
     import numpy as np
 
@@ -32,18 +32,16 @@ def fingerprint(weights: Mapping[str, Any]) -> dict[str, list[float | None]]:
     return {name: _of(np.asarray(values, np.float64).ravel(), across, down) for name, values in weights.items()}
 
 
-def _of(values: NDArray[np.float64], across: NDArray[np.float64], down: NDArray[np.float64]) -> list[float | None]:
+def _of(values: NDArray[np.float64], across: NDArray[np.float64], down: NDArray[np.float64]) -> list[float]:
     import numpy as np
 
+    norm = float(np.linalg.norm(values))
+    if not math.isfinite(norm):
+        return []
     rows = np.zeros(-(-len(values) // PERIOD) * PERIOD)
     rows[: len(values)] = values
     sums = rows.reshape(-1, PERIOD) @ across
-    projection = sums @ np.resize(down, len(sums))
-    return [_or_none(float(np.linalg.norm(values))), _or_none(float(projection))]
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return [norm, float(sums @ np.resize(down, len(sums)))]
 
 
 def check(found: Sequence[Fingerprint], model: str) -> None:
@@ -60,14 +58,14 @@ def check(found: Sequence[Fingerprint], model: str) -> None:
             raise _differ(model, f"{worst} of executor {executor} and of executor 0 differ: {size}")
 
 
-def _distance(one: Sequence[float | None], other: Sequence[float | None]) -> float:
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
     """Return an estimate of how far two arrays are apart, as a share of their norm; inf where one is not finite."""
-    numbers = [math.nan if value is None else value for value in (*one, *other)]
-    if not all(map(math.isfinite, numbers)):
-        return 0.0 if list(one) == list(other) else math.inf
-    norm, projection, other_norm, other_projection = numbers
-    apart = max(abs(norm - other_norm), abs(projection - other_projection))
-    return apart / max(norm, other_norm) if apart else 0.0
+    if one == other:
+        return 0.0
+    if not (one and other):
+        return math.inf
+    (norm, projection), (other_norm, other_projection) = one, other
+    return max(abs(norm - other_norm), abs(projection - other_projection)) / max(norm, other_norm)
 
 
 def _differ(model: str, actual: str) -> TrainingError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -96,7 +96,7 @@ class Context:
         self.curve: list[dict[str, float]] = []
         self.train_images = 0
         self.test_images = 0
-        self.weights: dict[str, list[float | None]] = {}
+        self.weights: dict[str, list[float]] = {}
         """What :meth:`record_weights` has made of this executor's weights."""
         self._injections = job.injections
         self._channel, self._clock = channel, clock
@@ -199,13 +199,14 @@ class Context:
         self.test_images, self._tested_step = earlier + int(tested), self._step_number
         self._point(correct=int(correct), tested=int(tested))
 
-    def record_weights(self, weights: Mapping[str, Any]) -> None:
+    def record_weights(self, weights: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> None:
         """Report this executor's weights (arrays by name) at the end: a round whose executors' differ is an error.
 
-        A few numbers of each travel to the driver. Nothing happens on a single executor.
+        A few numbers of each travel to the driver. Nothing happens on a single executor: a function that returns the
+        weights, in place of them, is not called there.
         """
         if self.executors > 1:
-            self.weights = fingerprint(weights)
+            self.weights = fingerprint(weights() if callable(weights) else weights)
 
     def send_file(self, ending: str, content: bytes) -> None:
         """Hand a file to the driver, which writes it as ``save_to`` + ``ending`` once the round has ended well."""

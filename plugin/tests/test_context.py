@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from plugin.tests.plugin_runs import make_job
@@ -270,6 +271,22 @@ def test_what_the_function_is_told(make: Any) -> None:
     assert (context.rank, context.executors, context.seed, context.device) == (1, 2, 9, "gpu")
     assert (context.test_every, context.epochs, context.threads) == (3, 2.0, 4)
     assert (context.iterations, context.global_batch, context.options) == (4, 100, {"width": 3})
+
+
+def test_weights_are_made_only_where_there_are_others_to_compare_them_with(make: Any) -> None:
+    asked = []
+
+    def weights() -> dict[str, Any]:
+        asked.append(True)
+        return {"layer": np.ones(2)}
+
+    alone, one_of_two = (make(executors=executors)[0] for executors in (1, 2))
+    for context in (alone, one_of_two):
+        context.record_weights(weights)
+    assert alone.weights == {} and len(asked) == 1
+    reported = dict(one_of_two.weights)
+    one_of_two.record_weights({"layer": np.ones(2)})
+    assert reported == one_of_two.weights and list(reported) == ["layer"]
 
 
 def test_metrics_become_floats() -> None:

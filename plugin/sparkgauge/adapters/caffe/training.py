@@ -177,7 +177,7 @@ class Trainer:
             if due:
                 self._test()
         self._test()
-        self._context.record_weights(self.weights())
+        self._context.record_weights(self.weights)
 
     def _source(self) -> Any:
         return self._shard

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from sparkgauge.adapters.tensorflow import xla
 from sparkgauge.adapters.tensorflow.inputs import BATCH, INDEX, RATE, WEIGHT, ResidentInputs
@@ -73,10 +72,9 @@ class ResidentTrainer:
             correct = int(tf.add_n(counts)) if counts else 0
             self._context.record_test(correct, sum(len(labels) for _, labels in self._tests))
 
-    def weights(self) -> dict[str, NDArray[Any]]:
-        """Return the weights by name, which are the same on every executor."""
-        parts = self._weights.parts(self._weights.values)
-        return {f"weight {index}": weight.numpy() for index, weight in enumerate(parts)}
+    def weights(self) -> list[Tensor]:
+        """Return the weights, which are the same on every executor."""
+        return self._weights.parts(self._weights.values)
 
     def _report(self, *, moving: bool) -> None:
         """Tell the context the losses and the waiting since the last report, waiting for the device."""

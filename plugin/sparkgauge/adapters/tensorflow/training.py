@@ -31,7 +31,7 @@ def train(model: str, context: Context, shard: Shard) -> None:
         if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
             trainer.test()
     trainer.test()
-    context.record_weights(trainer.weights())
+    context.record_weights(lambda: {f"weight {index}": one.numpy() for index, one in enumerate(trainer.weights())})
 
 
 def _trainer(recipe: Recipe, context: Context, shard: Shard) -> Any:
@@ -79,9 +79,9 @@ class _Trainer:
                 tested += len(labels)
             self._context.record_test(correct, tested)
 
-    def weights(self) -> dict[str, NDArray[Any]]:
-        """Return the weights by name, which are the same on every executor."""
-        return {f"weight {index}": weight.numpy() for index, weight in enumerate(self._network.weights())}
+    def weights(self) -> list[Any]:
+        """Return the weights, which are the same on every executor."""
+        return self._network.weights()
 
     def _signature(self) -> list[Any]:
         size = self._recipe.input_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def train(model: str, context: Context, shard: Shard) -> dict[str, float]:
             if step.index + 1 < total and context.test_every and (step.index + 1) % context.test_every == 0:
                 trainer.test()
         trainer.test()
-        context.record_weights(trainer.weights())
+        context.record_weights(trainer.weights)
         return _results(model, context, trainer.reduced_bytes)
     finally:
         trainer.close()
@@ -191,7 +191,7 @@ class Trainer:
 
     def weights(self) -> dict[str, NDArray[Any]]:
         """Return weights and running statistics by name, which are the same on every executor."""
-        return {name: values.detach().cpu().numpy() for name, values in self._network.state_dict().items()}
+        return _arrays(self._network.state_dict().items())
 
     def state(self) -> dict[str, Any]:
         """Return all that the next steps depend on; every executor must call it."""
@@ -331,6 +331,10 @@ def _set_up(on_gpu: bool) -> None:
         keep_freed_memory()
 
 
+def _arrays(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, NDArray[Any]]:
+    return {name: values.detach().cpu().numpy() for name, values in tensors}
+
+
 def _flatten(parameters: list[Any]) -> Tensor:
     flat = torch.empty(sum(p.numel() for p in parameters), device=parameters[0].device)
     start = 0
@@ -380,7 +384,7 @@ def train_module(make: Factory, options: dict[str, float], context: Context, sha
         for images, truth in shard.test_batches(TEST_BATCH[context.device]):
             answers = network(_scaled(images, device)).argmax(1).cpu().numpy()
             context.record_test(int((answers == truth).sum()), len(truth))
-    context.record_weights({name: p.detach().cpu().numpy() for name, p in network.named_parameters()})
+    context.record_weights(lambda: _arrays(network.named_parameters()))  # running statistics are each executor's own
     return {"reduced_bytes": float(gradients.bytes_reduced)}
 
 
